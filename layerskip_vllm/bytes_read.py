@@ -1,0 +1,40 @@
+"""What a step reads of a model's weights: the cost model of drafting at small batch sizes."""
+
+from __future__ import annotations
+
+from torch import nn
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+from layerskip_vllm.stages import find_sliceable_model, layers_of
+
+
+def share_of_bytes(target: nn.Module, exit_layer: int) -> tuple[float, float]:
+    """The parts of a model's weights that a draft step reads.
+
+    Args:
+        target: The whole model, as vLLM loaded it.
+        exit_layer: E, the number of layers that draft.
+
+    Returns:
+        The bytes of the first E layers and those of the head, each as a share of what a whole step
+        reads: all layers and the head. Of an embedding a step reads single rows, and of the norms
+        next to nothing, so neither counts; an embedding that is the head counts as the head.
+    """
+    layers = [num_bytes(layer) for layer in layers_of(find_sliceable_model(target))]
+    head = sum(num_bytes(module) for module in target.modules() if isinstance(module, ParallelLMHead))
+    if head == 0:
+        head = num_bytes(target.get_input_embeddings())
+    whole = sum(layers) + head
+    return sum(layers[:exit_layer]) / whole, head / whole
+
+
+def num_bytes(module: nn.Module) -> int:
+    """The size of a module's weights in bytes on this rank."""
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    for linear in module.modules():
+        # On the CPU vLLM repacks the weights of linear layers and leaves an empty parameter.
+        if isinstance(linear, LinearBase) and linear.weight.numel() == 0:
+            num_weights = linear.input_size_per_partition * linear.output_size_per_partition
+            size += num_weights * linear.params_dtype.itemsize
+    return size

@@ -1,0 +1,99 @@
+"""Where drafting exits and how far it goes when the user does not say.
+
+Called by `config` at engine start and by `layerskip-vllm doctor`; plain Python, no vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+CONFIG_KEY = "layerskip"
+DEFAULT_NUM_SPECULATIVE_TOKENS = 4
+
+# The (E, K) pairs that were published for Meta's checkpoints.
+# Sources: llama2-7B from the README of facebookresearch/LayerSkip; 13B from Table 3 of
+# arXiv 2404.16710 (XSUM); 70B, llama3-8B and llama3.2-1B from the scripts of DEL (arXiv 2504.05598).
+# No settings were published for the two CodeLlama checkpoints: the 7B one takes llama2-7B's (the same
+# shape, and Table 3 uses it on HumanEval), the 34B one a quarter of its layers.
+PUBLISHED_SETTINGS = {
+    "layerskip-llama2-7b": (8, 6),
+    "layerskip-llama2-13b": (15, 4),
+    "layerskip-llama2-70b": (9, 6),
+    "layerskip-codellama-7b": (8, 6),
+    "layerskip-codellama-34b": (12, 4),
+    "layerskip-llama3-8b": (3, 3),
+    "layerskip-llama3.2-1b": (3, 6),
+}
+
+
+@dataclass(frozen=True)
+class DraftSettings:
+    """How a checkpoint drafts.
+
+    Attributes:
+        exit_layer: E, the number of layers that a draft step runs; layers [0, E).
+        num_speculative_tokens: K, the number of tokens drafted for each verification.
+        source: Where the two come from, for the log.
+    """
+
+    exit_layer: int
+    num_speculative_tokens: int
+    source: str
+
+
+def default_settings(model: str, hf_config: Any, num_layers: int) -> DraftSettings:
+    """Settings for a checkpoint whose user named none.
+
+    The checkpoint's own `layerskip` entry wins, then the table of published checkpoints, then a
+    quarter of the layers and K = 4.
+
+    Args:
+        model: The model's name or path; its last part is looked up in the table.
+        hf_config: The checkpoint's configuration, as read by transformers.
+        num_layers: L, the number of decoder layers.
+
+    Raises:
+        ValueError: If the checkpoint's `layerskip` entry is not of the right form.
+    """
+    fallback = DraftSettings(
+        max(1, num_layers // 4), DEFAULT_NUM_SPECULATIVE_TOKENS, "a quarter of the layers"
+    )
+    entry = getattr(hf_config, CONFIG_KEY, None)
+    if entry is not None:
+        return _from_entry(entry, fallback)
+    name = model.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
+    if name in PUBLISHED_SETTINGS:
+        return DraftSettings(*PUBLISHED_SETTINGS[name], "the table of published checkpoints")
+    return fallback
+
+
+def _from_entry(entry: Any, fallback: DraftSettings) -> DraftSettings:
+    where = f"'{CONFIG_KEY}' in the checkpoint's config.json"
+    fields = ("exit_layer", "num_speculative_tokens")
+    if not isinstance(entry, Mapping):
+        raise ValueError(
+            f"{where} is {entry!r}; it must be an object such as "
+            '{"exit_layer": 8, "num_speculative_tokens": 6}.'
+        )
+    for key, value in entry.items():
+        if key not in fields:
+            raise ValueError(f"{where} has the unknown key {key!r}; known are {', '.join(fields)}.")
+        check_positive_int(f"{key} of {where}", value)
+    return DraftSettings(
+        entry.get("exit_layer", fallback.exit_layer),
+        entry.get("num_speculative_tokens", fallback.num_speculative_tokens),
+        "the checkpoint's config.json",
+    )
+
+
+def check_positive_int(name: str, value: Any) -> int:
+    """Return `value` if it is an integer of at least 1.
+
+    Raises:
+        ValueError: If it is anything else; a bool, a float or a numeral in a string too.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
+    return value

@@ -1,0 +1,1 @@
+"""Drafting on vLLM's two model runners: `proposer` on V1, `speculator` on V2."""

@@ -1,0 +1,156 @@
+"""The kernels around the draft steps on Model Runner V2: one program a request, no host sync.
+
+Both can be recorded in a CUDA graph: they read and write buffers that keep their addresses. A row
+whose entry in `idx_mapping` is -1 drafts for nothing; vLLM's slot mapping kernel then writes no
+keys and values for it, and its sampling kernel stores no logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.triton_utils import tl, triton
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+
+
+@triton.jit
+def _prepare_draft_kernel(
+    input_ids_ptr,
+    positions_ptr,
+    query_start_loc_ptr,
+    seq_lens_ptr,
+    idx_mapping_ptr,
+    target_seq_lens_ptr,
+    num_sampled_ptr,
+    num_rejected_ptr,
+    last_sampled_ptr,
+    max_model_len,
+    max_num_reqs,
+    BLOCK_SIZE: tl.constexpr,
+):
+    req_idx = tl.program_id(0)
+    num_reqs = tl.num_programs(0) - 1
+    if req_idx == num_reqs:
+        # Queries of one token, and rows past the batch of none, for CUDA graphs of any size.
+        for start in range(0, max_num_reqs + 1, BLOCK_SIZE):
+            block = start + tl.arange(0, BLOCK_SIZE)
+            tl.store(
+                query_start_loc_ptr + block,
+                tl.minimum(block, num_reqs),
+                mask=block < max_num_reqs + 1,
+            )
+        for start in range(num_reqs, max_num_reqs, BLOCK_SIZE):
+            block = start + tl.arange(0, BLOCK_SIZE)
+            tl.store(seq_lens_ptr + block, 0, mask=block < max_num_reqs)
+        return
+
+    req_state_idx = tl.load(idx_mapping_ptr + req_idx)
+    # The last sampled token comes right after all that the target has run and kept.
+    position = tl.load(target_seq_lens_ptr + req_idx) - tl.load(num_rejected_ptr + req_idx)
+    # Without a sampled token the request is in the middle of its prompt.
+    is_active = (
+        (req_state_idx >= 0)
+        & (tl.load(num_sampled_ptr + req_idx) > 0)
+        & (position < max_model_len)
+    )
+    token = tl.load(last_sampled_ptr + req_state_idx, mask=is_active, other=0)
+    position = tl.where(is_active, position, 0)
+    tl.store(idx_mapping_ptr + req_idx, tl.where(is_active, req_state_idx, -1))
+    tl.store(input_ids_ptr + req_idx, token.to(tl.int32))
+    tl.store(positions_ptr + req_idx, position)
+    tl.store(seq_lens_ptr + req_idx, position + 1)
+
+
+def prepare_draft(
+    buffers: InputBuffers,
+    idx_mapping: torch.Tensor,
+    batch: InputBatch,
+    num_sampled: torch.Tensor,
+    num_rejected: torch.Tensor,
+    last_sampled: torch.Tensor,
+    max_model_len: int,
+) -> None:
+    """Set up the first draft step: each request's last token, at its own position.
+
+    Args:
+        buffers: Written: `input_ids`, `positions`, `query_start_loc` and `seq_lens`.
+        idx_mapping: `[max_num_reqs] int64`, request to request state; set to -1 for rows that
+            draft for nothing (the middle of a prompt, the end of the context).
+        batch: What the target has just run.
+        num_sampled: `[num_reqs] int32`, tokens that it sampled; 0 in the middle of a prompt.
+        num_rejected: `[num_reqs] int32`, drafts that it refused.
+        last_sampled: `[max_num_reqs, 1] or [max_num_reqs]`, by request state.
+        max_model_len: The first position that cannot be run.
+    """
+    _prepare_draft_kernel[(batch.num_reqs + 1,)](
+        buffers.input_ids,
+        buffers.positions,
+        buffers.query_start_loc,
+        buffers.seq_lens,
+        idx_mapping,
+        batch.seq_lens,
+        num_sampled,
+        num_rejected,
+        last_sampled,
+        max_model_len,
+        buffers.max_num_reqs,
+        BLOCK_SIZE=1024,
+    )
+
+
+@triton.jit
+def _advance_draft_kernel(
+    draft_tokens_ptr,
+    draft_tokens_stride,
+    step_ptr,
+    input_ids_ptr,
+    positions_ptr,
+    seq_lens_ptr,
+    idx_mapping_ptr,
+    sampled_ptr,
+    max_model_len,
+):
+    req_idx = tl.program_id(0)
+    token = tl.load(sampled_ptr + req_idx)
+    step = tl.load(step_ptr)
+    tl.store(draft_tokens_ptr + req_idx * draft_tokens_stride + step, token)
+
+    if tl.load(idx_mapping_ptr + req_idx) < 0:
+        return
+    position = tl.load(positions_ptr + req_idx) + 1
+    if position >= max_model_len:
+        tl.store(idx_mapping_ptr + req_idx, -1)
+        return
+    tl.store(input_ids_ptr + req_idx, token.to(tl.int32))
+    tl.store(positions_ptr + req_idx, position)
+    tl.store(seq_lens_ptr + req_idx, (position + 1).to(tl.int32))
+
+
+def advance_draft(
+    draft_tokens: torch.Tensor,
+    step: torch.Tensor,
+    buffers: InputBuffers,
+    idx_mapping: torch.Tensor,
+    sampled: torch.Tensor,
+    max_model_len: int,
+) -> None:
+    """Record the tokens of a draft step and feed them to the next, one position further.
+
+    Args:
+        draft_tokens: `[max_num_reqs, num_speculative_tokens] int64`; column `step` is written.
+        step: The step, a scalar `int64` on the device.
+        buffers: Written: `input_ids`, `positions` and `seq_lens`.
+        idx_mapping: `[max_num_reqs] int64`; set to -1 for rows that reach the end of the context.
+        sampled: `[num_reqs] int64`, the step's tokens.
+        max_model_len: The first position that cannot be run.
+    """
+    _advance_draft_kernel[(sampled.shape[0],)](
+        draft_tokens,
+        draft_tokens.stride(0),
+        step,
+        buffers.input_ids,
+        buffers.positions,
+        buffers.seq_lens,
+        idx_mapping,
+        sampled,
+        max_model_len,
+    )

@@ -1,0 +1,300 @@
+"""Drafting on Model Runner V1 (CPUs, and GPUs where V2 is switched off).
+
+`plugin` puts it in the place of vLLM's `DraftModelProposer`; runs in the worker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from typing_extensions import override
+from vllm.config import CUDAGraphMode, VllmConfig, get_layers_from_vllm_config
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
+from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.spec_decode.draft_model import DraftModelProposer
+from vllm.v1.worker.utils import AttentionGroup
+
+from layerskip_vllm.drafting.report import log_drafting
+from layerskip_vllm.stages import ExitModel
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+
+@dataclass
+class DraftRows:
+    """One token a request: what the next draft step feeds, and where its keys and values go.
+
+    Attributes:
+        input_ids: `[num_reqs] int32`.
+        positions: `[num_reqs] int64`.
+        is_active: `[num_reqs] bool`. Rows that draft for nothing (a prompt's chunk that is not its
+            last, a request at the end of its context) run along but write no keys and values.
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    is_active: torch.Tensor
+
+    def advance(self, draft_token_ids: torch.Tensor, max_model_len: int) -> None:
+        """Feed `draft_token_ids` (`[num_reqs] int64`) next, one position further."""
+        self.input_ids = draft_token_ids.int()
+        self.is_active = self.is_active & (self.positions < max_model_len - 1)
+        self.positions = (self.positions + 1).clamp(max=max_model_len - 1)
+
+
+class LayerSkipProposer(DraftModelProposer):
+    """Drafts with the target's first layers, over the target's own KV cache.
+
+    Differs from its base: no draft model is loaded, and no draft prefill is run, since the target
+    has already written the prefix's keys and values of every token it has seen.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: GPUModelRunner):
+        super().__init__(vllm_config, device, runner)
+        self.runner = runner
+
+    @override
+    def load_model(self, target_model: nn.Module) -> None:
+        config = self.speculative_config
+        self.model = ExitModel(target_model, config.exit_layer, self.vllm_config)
+        self._draft_attn_layer_names = self.model.attn_layer_names
+        # Rows at the end of their context draft nothing here, so the runner need not stop the
+        # whole batch from drafting for their sake.
+        self.runner.effective_drafter_max_model_len = (
+            self.max_model_len + config.num_speculative_tokens
+        )
+
+    @override
+    def initialize_attn_backend(
+        self, kv_cache_config: KVCacheConfig, kernel_block_sizes: list[int] | None = None
+    ) -> None:
+        """Group the prefix's attention layers by KV cache group and backend.
+
+        Differs from its base: the layers may lie in several KV cache groups (sliding windows).
+        """
+        layers = get_layers_from_vllm_config(
+            self.vllm_config, AttentionLayerBase, list(self._draft_attn_layer_names)
+        )
+        groups: dict[tuple[int, str, Any], AttentionGroup] = {}
+        for group_id, kv_cache_group in enumerate(kv_cache_config.kv_cache_groups):
+            for name in kv_cache_group.layer_names:
+                if name not in layers:
+                    continue
+                spec = kv_cache_group.kv_cache_spec
+                if isinstance(spec, UniformTypeKVCacheSpecs):
+                    spec = spec.kv_cache_specs[name]
+                backend = layers[name].get_attn_backend()
+                key = (group_id, backend.full_cls_name(), spec)
+                if key in groups:
+                    groups[key].layer_names.append(name)
+                else:
+                    groups[key] = AttentionGroup(backend, [name], spec, group_id)
+        for group in groups.values():
+            sizes = kernel_block_sizes or []
+            gid = group.kv_cache_group_id
+            group.create_metadata_builders(
+                self.vllm_config,
+                self.device,
+                kernel_block_size=sizes[gid] if gid < len(sizes) else None,
+            )
+        self.draft_attn_groups = list(groups.values())
+        self._slot_mappings = {
+            gid: torch.full(
+                (self.max_num_tokens,), PAD_SLOT_ID, dtype=torch.int64, device=self.device
+            )
+            for gid in sorted({group.kv_cache_group_id for group in groups.values()})
+        }
+
+    @override
+    def initialize_cudagraph_keys(self, cudagraph_mode: CUDAGraphMode) -> None:
+        super().initialize_cudagraph_keys(cudagraph_mode)
+        mode = self.cudagraph_dispatcher.cudagraph_mode.name.lower()
+        log_drafting(self.model, self.speculative_config, runner="V1", graphs=mode)
+
+    @override
+    @torch.inference_mode()
+    def propose(
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: torch.Tensor,
+        target_positions: torch.Tensor,
+        target_hidden_states: torch.Tensor,
+        next_token_ids: torch.Tensor,
+        token_indices_to_sample: torch.Tensor | None,
+        common_attn_metadata: CommonAttentionMetadata,
+        sampling_metadata: SamplingMetadata,
+        mm_embed_inputs: tuple[list[torch.Tensor], torch.Tensor] | None = None,
+        num_rejected_tokens_gpu: torch.Tensor | None = None,
+        slot_mappings: Any = None,
+    ) -> torch.Tensor:
+        """Draft K tokens for each request of the batch that the target has just run.
+
+        Args:
+            num_speculative_tokens: K for this batch.
+            target_token_ids: Not used, like the other `target_` tensors: the target's keys and
+                values hold all that drafting needs.
+            target_positions: Not used.
+            target_hidden_states: Not used.
+            next_token_ids: `[num_reqs] int32`, the last token of each request, not yet run.
+            token_indices_to_sample: Not used.
+            common_attn_metadata: The target step's.
+            sampling_metadata: The batch's sampling parameters.
+            mm_embed_inputs: Not used.
+            num_rejected_tokens_gpu: `[num_reqs] int32`, drafts of the last step that were refused.
+            slot_mappings: Not used.
+
+        Returns:
+            `[num_reqs, num_speculative_tokens] int64`.
+        """
+        self._last_draft_probs = None
+        num_reqs = common_attn_metadata.batch_size()
+        if num_speculative_tokens == 0:
+            return next_token_ids.new_empty((num_reqs, 0), dtype=torch.int64)
+        positions = common_attn_metadata.seq_lens.long()
+        if num_rejected_tokens_gpu is not None:
+            positions = positions - num_rejected_tokens_gpu
+        is_mid_prompt = self.runner.discard_request_mask.gpu[:num_reqs]
+        rows = DraftRows(
+            next_token_ids,
+            positions.clamp(max=self.max_model_len - 1),
+            (positions < self.max_model_len) & ~is_mid_prompt,
+        )
+        cudagraph_mode, num_input_tokens, num_tokens_across_dp = (
+            self._determine_batch_execution_and_padding(num_reqs)
+        )
+        draft_token_ids, draft_probs = [], []
+        for step in range(num_speculative_tokens):
+            if step > 0:
+                rows.advance(draft_token_ids[-1], self.max_model_len)
+            hidden_states = self._run_step(
+                step,
+                rows,
+                common_attn_metadata,
+                num_input_tokens,
+                num_tokens_across_dp,
+                cudagraph_mode,
+            )
+            token_ids, probs = self._sample_draft_tokens(
+                hidden_states[:num_reqs], sampling_metadata
+            )
+            draft_token_ids.append(token_ids)
+            if probs is not None:
+                draft_probs.append(probs)
+        if draft_probs:
+            self._last_draft_probs = torch.stack(draft_probs, dim=1).contiguous()
+        return torch.stack(draft_token_ids, dim=1)
+
+    def _run_step(
+        self,
+        step: int,
+        rows: DraftRows,
+        target_metadata: CommonAttentionMetadata,
+        num_input_tokens: int,
+        num_tokens_across_dp: torch.Tensor | None,
+        cudagraph_mode: CUDAGraphMode,
+    ) -> torch.Tensor:
+        """Run the prefix on `rows`: `[num_input_tokens, hidden_size]`, padded for CUDA graphs."""
+        num_reqs = rows.positions.shape[0]
+        self.input_ids[:num_reqs] = rows.input_ids
+        self.positions[:num_reqs] = rows.positions
+        attn_metadata, slot_mappings = self._build_attention(
+            step, rows, target_metadata, num_input_tokens
+        )
+        with set_forward_context(
+            attn_metadata,
+            self.vllm_config,
+            num_tokens=num_input_tokens,
+            num_tokens_across_dp=num_tokens_across_dp,
+            cudagraph_runtime_mode=cudagraph_mode,
+            slot_mapping=slot_mappings,
+        ):
+            return self.model(self.input_ids[:num_input_tokens], self.positions[:num_input_tokens])
+
+    def _build_attention(
+        self,
+        step: int,
+        rows: DraftRows,
+        target_metadata: CommonAttentionMetadata,
+        num_input_tokens: int,
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Attention metadata and slot mapping of a step, by layer name."""
+        num_reqs = rows.positions.shape[0]
+        max_seq_len = min(target_metadata.max_seq_len + step + 1, self.max_model_len)
+        upper_bound = target_metadata.seq_lens_cpu_upper_bound
+        step_metadata = replace(
+            target_metadata,
+            query_start_loc=self.arange[: num_reqs + 1],
+            query_start_loc_cpu=torch.arange(num_reqs + 1, dtype=torch.int32),
+            seq_lens=(rows.positions + 1).int(),
+            seq_lens_cpu_upper_bound=(
+                None
+                if upper_bound is None
+                else (upper_bound + step + 1).clamp(max=self.max_model_len)
+            ),
+            num_reqs=num_reqs,
+            num_actual_tokens=num_reqs,
+            max_query_len=1,
+            max_seq_len=max_seq_len,
+            positions=rows.positions,
+            is_prefilling=None,
+            causal=True,
+            _num_computed_tokens_cache=None,
+            _token_to_req_indices_cache=None,
+        )
+        attn_metadata: dict[str, Any] = {}
+        slot_mapping_by_layer: dict[str, torch.Tensor] = {}
+        for gid, slot_mapping in self._slot_mappings.items():
+            block_table = self.runner.input_batch.block_table[gid]
+            blocks = block_table.get_device_tensor(num_reqs)
+            block_indices = (rows.positions // block_table.block_size).unsqueeze(1)
+            block_ids = blocks.gather(1, block_indices).squeeze(1).long()
+            slots = block_ids * block_table.block_size + rows.positions % block_table.block_size
+            slot_mapping[:num_reqs] = torch.where(rows.is_active, slots, PAD_SLOT_ID)
+            slot_mapping[num_reqs:num_input_tokens] = PAD_SLOT_ID
+            group_metadata = replace(
+                step_metadata, block_table_tensor=blocks, slot_mapping=slot_mapping[:num_reqs]
+            )
+            for group in self.draft_attn_groups:
+                if group.kv_cache_group_id != gid:
+                    continue
+                metadata = group.build_metadata_for_drafting(group_metadata, draft_index=step)
+                for name in group.layer_names:
+                    attn_metadata[name] = metadata
+                    slot_mapping_by_layer[name] = slot_mapping[:num_input_tokens]
+        return attn_metadata, slot_mapping_by_layer
+
+    @override
+    @torch.inference_mode()
+    def dummy_run(
+        self,
+        num_tokens: int,
+        use_cudagraphs: bool = True,
+        is_graph_capturing: bool = False,
+        slot_mappings: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Run the draft steps of a batch without requests (profiling, capture, idle DP ranks).
+
+        Differs from its base: the ranks agree on a batch once, as in `propose`, not twice.
+        """
+        num_tokens = min(num_tokens, self.max_num_tokens)
+        cudagraph_mode, num_input_tokens, num_tokens_across_dp = (
+            self._determine_batch_execution_and_padding(num_tokens, use_cudagraphs=use_cudagraphs)
+        )
+        for _ in range(1 if is_graph_capturing else self.num_speculative_tokens):
+            with set_forward_context(
+                None,
+                self.vllm_config,
+                num_tokens=num_input_tokens,
+                num_tokens_across_dp=num_tokens_across_dp,
+                cudagraph_runtime_mode=cudagraph_mode,
+                slot_mapping=slot_mappings or {},
+            ):
+                self.model(self.input_ids[:num_input_tokens], self.positions[:num_input_tokens])

@@ -1,0 +1,28 @@
+"""The one log line that says that drafting is on; written by both drafters in the worker."""
+
+from __future__ import annotations
+
+from vllm.logger import init_logger
+
+from layerskip_vllm.bytes_read import share_of_bytes
+from layerskip_vllm.config import LayerSkipConfig
+from layerskip_vllm.stages import ExitModel, layers_of
+
+logger = init_logger("vllm.layerskip")
+
+
+def log_drafting(model: ExitModel, config: LayerSkipConfig, runner: str, graphs: str) -> None:
+    """Log what drafts, with how much of the model, on which runner, with which CUDA graphs."""
+    prefix, head = share_of_bytes(model.target, config.exit_layer)
+    logger.info_once(
+        "layerskip is on: layers [0, %d) of %d draft %d tokens a step; a draft step reads %.1f %% "
+        "of the model's bytes (layers %.1f %%, head %.1f %%); Model Runner %s; CUDA graphs: %s",
+        config.exit_layer,
+        len(layers_of(model.inner)),
+        config.num_speculative_tokens,
+        100 * (prefix + head),
+        100 * prefix,
+        100 * head,
+        runner,
+        graphs,
+    )

@@ -1,0 +1,365 @@
+"""Drafting on Model Runner V2, the default on GPUs, written for CUDA graphs.
+
+`plugin` has vLLM's `init_speculator` make it; runs in the worker.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from typing_extensions import override
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import BatchDescriptor, set_forward_context
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
+from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.dp_utils import DPSyncState, dispatch_cg_and_sync_dp
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
+    SpeculatorBatchDescriptor,
+    SpeculatorCudaGraphManager,
+)
+from vllm.v1.worker.utils import AttentionGroup
+
+from layerskip_vllm.drafting.kernels import advance_draft, prepare_draft
+from layerskip_vllm.drafting.report import log_drafting
+from layerskip_vllm.stages import ExitModel
+
+
+class LayerSkipSpeculator(DraftModelSpeculator):
+    """Drafts with the target's first layers, over the target's own KV cache.
+
+    All K steps are alike, one token a request: the target has already written the prefix's keys
+    and values of every token it has seen, so there is no draft prefill. Where the attention backend
+    can update its metadata on the device, the K steps are one CUDA graph; elsewhere each step is.
+    """
+
+    model: ExitModel
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device):
+        super().__init__(vllm_config, device)
+        self.current_draft_step = torch.zeros((), dtype=torch.int64, device=device)
+        self.graphs: DraftCudaGraphs | None = None
+
+    @override
+    def load_draft_model(
+        self, target_model: nn.Module, target_attn_layer_names: set[str]
+    ) -> ExitModel:
+        return ExitModel(target_model, self.speculative_config.exit_layer, self.vllm_config)
+
+    @override
+    def set_attn(
+        self,
+        model_state: ModelState,
+        kv_cache_config: KVCacheConfig,
+        block_tables: BlockTables,
+        target_input_buffers: InputBuffers,
+        target_attn_groups: list[list[AttentionGroup]],
+    ) -> None:
+        # The runner takes these names out of the target's checks, so it must see none: there are no
+        # layers but the target's. Only the metadata of draft steps is built for the prefix's.
+        no_names, self.draft_attn_layer_names = (
+            self.draft_attn_layer_names,
+            self.model.attn_layer_names,
+        )
+        super().set_attn(
+            model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups
+        )
+        self.draft_attn_layer_names = no_names
+
+    @override
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        is_full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        if self.speculative_config.enforce_eager:
+            is_full = False
+        self.graphs = DraftCudaGraphs(
+            self.vllm_config,
+            self.device,
+            CUDAGraphMode.FULL_DECODE_ONLY if is_full else CUDAGraphMode.NONE,
+            decode_query_len=1,
+        )
+        kind = "one a draft" if self.supports_decode_metadata_update else "one a draft step"
+        log_drafting(
+            self.model, self.speculative_config, runner="V2", graphs=kind if is_full else "none"
+        )
+
+    @override
+    def capture(self) -> None:
+        assert self.graphs is not None
+        self.idx_mapping.fill_(-1)
+        self.graphs.capture(
+            self._draft_all if self.supports_decode_metadata_update else self._draft_one,
+            self.model_state,
+            self.input_buffers,
+            self.block_tables,
+            self.attn_groups,
+            self.kv_cache_config,
+            progress_bar_desc="Capturing draft CUDA graphs",
+            specialize_spec_tokens=self.supports_decode_metadata_update
+            and self.speculative_config.uses_dynamic_speculative_decoding(),
+        )
+
+    @override
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, torch.Tensor],
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        dp_sync_state: DPSyncState | None = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: tuple[list[torch.Tensor], torch.Tensor] | None = None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Draft K tokens for each request of the batch that the target has just run.
+
+        Args:
+            input_batch: That batch.
+            attn_metadata: Not used, like the other tensors of the target's step: its keys and
+                values hold all that drafting needs.
+            slot_mappings: Not used.
+            last_hidden_states: Not used.
+            aux_hidden_states: Not used.
+            num_sampled: `[num_reqs] int32`, 0 in the middle of a prompt.
+            num_rejected: `[num_reqs] int32`.
+            last_sampled: `[max_num_reqs, 1]`, by request state.
+            next_prefill_tokens: Not used.
+            temperature: `[max_num_reqs] float32`.
+            seeds: `[max_num_reqs] int64`.
+            dp_sync_state: What the data-parallel ranks agreed on for the target's step.
+            dummy_run: Whether the batch has no requests behind it.
+            skip_attn_for_dummy_run: Whether to run without attention metadata then.
+            mm_inputs: Not used.
+            is_profile: Whether vLLM is measuring memory, before there is a KV cache.
+            num_speculative_tokens: K for this batch; all that the configuration allows if None.
+
+        Returns:
+            `[num_reqs, max K] int64`; the columns past this batch's K mean nothing.
+        """
+        num_reqs = input_batch.num_reqs
+        if num_speculative_tokens is None:
+            num_speculative_tokens = self.num_speculative_steps
+        if num_speculative_tokens == 0:
+            return self.draft_tokens[:num_reqs].fill_(-1)
+        longest = int(input_batch.seq_lens_cpu_upper_bound[:num_reqs].max())
+        self.draft_max_seq_len = min(longest + num_speculative_tokens, self.max_model_len)
+        self._copy_request_inputs(
+            num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run=dummy_run
+        )
+        prepare_draft(
+            self.input_buffers,
+            self.idx_mapping,
+            input_batch,
+            num_sampled,
+            num_rejected,
+            last_sampled,
+            self.max_model_len,
+        )
+        batch_desc, num_tokens_across_dp = self._dispatch(
+            num_reqs, num_speculative_tokens, dp_sync_state, is_profile
+        )
+        self._draft(
+            num_reqs,
+            batch_desc,
+            num_tokens_across_dp,
+            None if dummy_run and skip_attn_for_dummy_run else input_batch.seq_lens_cpu_upper_bound,
+            num_speculative_tokens,
+        )
+        return self.draft_tokens[:num_reqs]
+
+    def _dispatch(
+        self,
+        num_reqs: int,
+        num_speculative_tokens: int,
+        dp_sync_state: DPSyncState | None,
+        is_profile: bool,
+    ) -> tuple[BatchExecutionDescriptor, torch.Tensor | None]:
+        """Pick the CUDA graph of a batch with one token a request, the same on all DP ranks."""
+        num_tokens = num_reqs
+        if dp_sync_state is not None:
+            dp_sync_state, num_tokens = self._build_uniform_batch_dp_sync(dp_sync_state, num_reqs)
+        batch_desc, dp_sync_state = dispatch_cg_and_sync_dp(
+            self.graphs,
+            num_reqs,
+            num_tokens,
+            uniform_token_count=1,
+            dp_size=self.dp_size,
+            dp_rank=self.dp_rank,
+            need_eager=is_profile,
+            dp_sync_state=dp_sync_state,
+        )
+        if self.graphs is not None:
+            batch_desc = self.graphs.specialize_spec_tokens(batch_desc, num_speculative_tokens)
+        return batch_desc, None if dp_sync_state is None else dp_sync_state.num_tokens_across_dp
+
+    def _draft(
+        self,
+        num_reqs: int,
+        batch_desc: BatchExecutionDescriptor,
+        num_tokens_across_dp: torch.Tensor | None,
+        seq_lens_cpu_upper_bound: torch.Tensor | None,
+        num_speculative_tokens: int,
+    ) -> None:
+        """Run the draft steps: by one graph, by a graph a step, or eagerly.
+
+        Without `seq_lens_cpu_upper_bound` the steps run without attention (profiling).
+        """
+        is_graph = batch_desc.cg_mode == CUDAGraphMode.FULL
+        if is_graph and self.supports_decode_metadata_update:
+            for group in self._all_attn_groups():
+                group.map_to_kernel_block_table(
+                    self.block_tables.input_block_tables[group.kv_cache_group_id]
+                )
+            self.graphs.run_fullgraph(batch_desc)
+            return
+        attn_metadata, slot_mappings = None, None
+        for step in range(num_speculative_tokens):
+            if seq_lens_cpu_upper_bound is not None:
+                slot_mappings = build_slot_mappings_by_layer(
+                    self._compute_slot_mappings(num_reqs, batch_desc.num_tokens),
+                    self.kv_cache_config,
+                )
+                attn_metadata = self._build_uniform_attn_metadata(
+                    batch_desc,
+                    num_reqs,
+                    num_query_per_req=1,
+                    seq_lens_cpu_upper_bound=seq_lens_cpu_upper_bound,
+                    step=step + 1,
+                )
+            self.current_draft_step.fill_(step)
+            if is_graph:
+                self.graphs.run_fullgraph(batch_desc)
+            else:
+                self._draft_one(
+                    num_reqs,
+                    batch_desc.num_tokens,
+                    attn_metadata,
+                    slot_mappings,
+                    num_tokens_across_dp,
+                    batch_desc.cg_mode,
+                    num_speculative_tokens,
+                )
+
+    def _draft_all(
+        self,
+        num_reqs: int,
+        num_tokens_padded: int,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor] | None,
+        num_tokens_across_dp: torch.Tensor | None,
+        cudagraph_runtime_mode: CUDAGraphMode,
+        num_speculative_steps: int,
+    ) -> None:
+        """Run K draft steps and all that lies between them on the device, for one CUDA graph."""
+        for step in range(num_speculative_steps):
+            if attn_metadata is not None:
+                self._compute_slot_mappings(num_reqs, num_tokens_padded)
+                self._update_draft_decode_metadata(attn_metadata, num_reqs)
+            self.current_draft_step.fill_(step)
+            self._draft_one(
+                num_reqs,
+                num_tokens_padded,
+                attn_metadata,
+                slot_mappings,
+                num_tokens_across_dp,
+                cudagraph_runtime_mode,
+                num_speculative_steps,
+            )
+
+    def _draft_one(
+        self,
+        num_reqs: int,
+        num_tokens_padded: int,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor] | None,
+        num_tokens_across_dp: torch.Tensor | None,
+        cudagraph_runtime_mode: CUDAGraphMode,
+        num_speculative_steps: int,
+    ) -> None:
+        """Run one draft step: the prefix, the head, sampling, and the next step's inputs."""
+        with set_forward_context(
+            attn_metadata,
+            self.vllm_config,
+            num_tokens=num_tokens_padded,
+            num_tokens_across_dp=num_tokens_across_dp,
+            cudagraph_runtime_mode=cudagraph_runtime_mode,
+            slot_mapping=slot_mappings,
+            batch_descriptor=BatchDescriptor(num_tokens=num_tokens_padded),
+        ):
+            hidden_states = self.model(
+                self.input_buffers.input_ids[:num_tokens_padded],
+                self.input_buffers.positions[:num_tokens_padded],
+            )
+        sampled = self.sample_draft(
+            hidden_states[:num_reqs],
+            # vLLM keys a draw by the position before the sampled token, which is the input's.
+            self.input_buffers.positions[:num_reqs],
+            self.idx_mapping[:num_reqs],
+            self.temperature,
+            self.seeds,
+            self.current_draft_step,
+            self.draft_logits,
+        )
+        advance_draft(
+            self.draft_tokens,
+            self.current_draft_step,
+            self.input_buffers,
+            self.idx_mapping,
+            sampled,
+            self.max_model_len,
+        )
+
+    def _compute_slot_mappings(self, num_reqs: int, num_tokens_padded: int) -> torch.Tensor:
+        return self.block_tables.compute_slot_mappings(
+            self.idx_mapping[:num_reqs],
+            self.input_buffers.query_start_loc[: num_reqs + 1],
+            self.input_buffers.positions[:num_reqs],
+            num_tokens_padded,
+        )
+
+    def _all_attn_groups(self) -> list[AttentionGroup]:
+        return [group for groups in self.attn_groups for group in groups]
+
+
+class DraftCudaGraphs(SpeculatorCudaGraphManager):
+    """vLLM's graphs of draft steps, with those of a single step where K depends on the batch.
+
+    Differs from its base, whose first draft step belongs to another graph, so that it never
+    captures a draft of one token.
+    """
+
+    @override
+    def capture(self, *args: Any, specialize_spec_tokens: bool = False, **kwargs: Any) -> None:
+        if specialize_spec_tokens:
+            config = self.vllm_config.speculative_config
+            schedule = build_dynamic_sd_schedule_lookup(
+                config.num_speculative_tokens_per_batch_size,
+                vllm_max_batch_size=self.max_num_reqs,
+                vllm_num_speculative_tokens=config.num_speculative_tokens,
+            )
+            self._capture_descs = {
+                mode: [
+                    SpeculatorBatchDescriptor(**vars(desc), num_speculative_tokens=k)
+                    for desc in descs
+                    for k in sorted(set(schedule) - {0}, reverse=True)
+                ]
+                for mode, descs in self._capture_descs.items()
+            }
+        super().capture(*args, **kwargs)

@@ -1,0 +1,173 @@
+"""Virtual pipeline stages: a slice of a loaded model's layers that runs as a model of its own.
+
+A vLLM model that supports pipeline parallelism runs layers [start_layer, end_layer) of itself. A
+stage is a shallow copy of it with another end, so it shares every weight, and whatever replaces a
+layer (an adapter, a weight update) replaces it in all stages. Built in the worker after loading.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+
+class ExitModel(nn.Module):
+    """The first E layers of a target model, its final norm and its head.
+
+    It registers no submodule: the parameters stay the target's alone, and `named_parameters` of
+    neither model finds them twice.
+
+    Attributes:
+        target: The whole model.
+        inner: The module of it that runs the layers.
+        stage: The view of `inner` that stops after layer E.
+        attn_layer_names: The attention layers among the first E, by their names in vLLM's forward
+            context; their KV cache is what draft steps read and write.
+    """
+
+    target: nn.Module
+    inner: nn.Module
+    stage: nn.Module
+
+    def __init__(self, target: nn.Module, exit_layer: int, vllm_config: VllmConfig):
+        super().__init__()
+        inner = find_sliceable_model(target)
+        prefix = layers_of(inner)[:exit_layer]
+        attention = {module for layer in prefix for module in layer.modules()}
+        forward_context = vllm_config.compilation_config.static_forward_context
+        self.attn_layer_names = {
+            name
+            for name, layer in forward_context.items()
+            if layer in attention and isinstance(layer, AttentionLayerBase)
+        }
+        _check_prefix(forward_context, self.attn_layer_names)
+        is_eager = bool(vllm_config.speculative_config.enforce_eager)
+        # Past `nn.Module.__setattr__`, which would register them.
+        self.__dict__["target"] = target
+        self.__dict__["inner"] = inner
+        self.__dict__["stage"] = make_stage(inner, exit_layer, vllm_config, is_eager)
+        if hasattr(target, "get_top_tokens"):
+            self.get_top_tokens = target.get_top_tokens
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the first E layers and the final norm.
+
+        Args:
+            input_ids: `[num_tokens] int32`.
+            positions: `[num_tokens] int64`.
+            inputs_embeds: Never given; vLLM's drafting code names the argument.
+
+        Returns:
+            `[num_tokens, hidden_size]`, what `compute_logits` takes.
+        """
+        assert inputs_embeds is None
+        return self.stage(input_ids, positions, None, None)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Apply the target's head: `[num_tokens, hidden_size]` to `[num_tokens, vocab_size]`."""
+        return self.target.compute_logits(hidden_states)
+
+
+def find_sliceable_model(target: nn.Module) -> nn.Module:
+    """Find the one module of `target` whose forward runs layers [start_layer, end_layer).
+
+    Raises:
+        ValueError: If there is none, or more than one.
+    """
+    found = [
+        module
+        for module in target.modules()
+        if isinstance(getattr(module, "end_layer", None), int)
+        and "end_layer" in type(module).forward.__code__.co_names
+    ]
+    if len(found) != 1:
+        names = ", ".join(type(module).__name__ for module in found) or "none"
+        raise ValueError(
+            f"model {type(target).__name__} must have one module whose forward runs the layers "
+            f"[start_layer, end_layer), for layerskip to draft with a slice; found: {names}."
+        )
+    return found[0]
+
+
+def layers_of(inner: nn.Module) -> nn.ModuleList:
+    """The decoder layers that `inner` slices."""
+    return next(
+        child
+        for child in inner.children()
+        if isinstance(child, nn.ModuleList) and len(child) == inner.end_layer
+    )
+
+
+def make_stage(
+    inner: nn.Module, end_layer: int, vllm_config: VllmConfig, is_eager: bool = False
+) -> nn.Module:
+    """Make a view of `inner` that runs layers [0, end_layer) and the final norm.
+
+    Args:
+        inner: The module that runs the layers, such as vLLM's `LlamaModel`.
+        end_layer: Where the view stops.
+        vllm_config: The configuration that `inner` was built with.
+        is_eager: Whether to leave the view uncompiled where `inner` is compiled.
+
+    Returns:
+        A module that shares the submodules of `inner`, compiled on its own where `inner` is.
+    """
+    stage = copy.copy(inner)  # `_modules` stays the same dict: replaced layers are seen here too
+    stage.end_layer = end_layer
+    if getattr(inner, "do_not_compile", True):
+        return stage
+    if is_eager:
+        stage.do_not_compile = True
+        return stage
+    # vLLM keys compiled code by the code object and, on disk, by its qualified name and first line.
+    # Views that shared them would load one another's graphs.
+    suffix = f"exit{end_layer}"
+    stage.__class__ = type(
+        f"{type(inner).__name__}_{suffix}",
+        (type(inner),),
+        {"forward": _renamed(type(inner).forward, suffix), "__module__": type(inner).__module__},
+    )
+    stage.__dict__.pop("aot_compiled_fn", None)
+    with set_current_vllm_config(vllm_config):
+        TorchCompileWithNoGuardsWrapper.__init__(stage, compile_prefix=f"layerskip_{suffix}")
+    stage._compile_tag = f"layerskip_{suffix}"
+    return stage
+
+
+def _renamed(function: types.FunctionType, suffix: str) -> types.FunctionType:
+    """A copy of `function` with a code object and a qualified name of its own."""
+    renamed = types.FunctionType(
+        function.__code__.replace(co_name=function.__code__.co_name),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    renamed.__kwdefaults__ = function.__kwdefaults__
+    renamed.__annotations__ = function.__annotations__
+    renamed.__qualname__ = f"{function.__qualname__}_{suffix}"
+    return renamed
+
+
+def _check_prefix(forward_context: dict[str, Any], attn_layer_names: set[str]) -> None:
+    if not attn_layer_names:
+        raise ValueError("layerskip needs attention layers before the exit; the model has none.")
+    for name in attn_layer_names:
+        shared_with = getattr(forward_context[name], "kv_sharing_target_layer_name", None)
+        if shared_with is not None:
+            raise ValueError(
+                f"attention layer {name} shares the KV cache of {shared_with}; layerskip cannot "
+                "draft with layers that share their cache."
+            )
