@@ -22,7 +22,9 @@ def share_of_bytes(target: nn.Module, exit_layer: int) -> tuple[float, float]:
         next to nothing, so neither counts; an embedding that is the head counts as the head.
     """
     layers = [num_bytes(layer) for layer in layers_of(find_sliceable_model(target))]
-    head = sum(num_bytes(module) for module in target.modules() if isinstance(module, ParallelLMHead))
+    head = sum(
+        num_bytes(module) for module in target.modules() if isinstance(module, ParallelLMHead)
+    )
     if head == 0:
         head = num_bytes(target.get_input_embeddings())
     whole = sum(layers) + head

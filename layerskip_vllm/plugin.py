@@ -1,12 +1,14 @@
 """The entry point `vllm.general_plugins`: what this plugin changes in vLLM, and why.
 
 vLLM calls `register` in the API server, the engine core and every worker (Ray actors too).
-The replacements import their code when they are first used, never when they are installed.
+What it puts there imports its code when it is first used, never when it is installed.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +19,18 @@ if TYPE_CHECKING:
 
     import torch
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    from layerskip_vllm.config import LayerSkipConfig
 
 SKIP_VERSION_CHECK = "VLLM_LAYERSKIP_SKIP_VERSION_CHECK"
+REGISTRY = "vllm.v1.spec_decode.registry"
 
 
 def register() -> None:
-    """Install the hooks in this process; calling it again does nothing.
+    """Make `layerskip` a speculative method of vLLM in this process; repeating it does nothing.
+
+    A vLLM with `patches/vllm-*.diff` has a registry of speculative methods, and nothing is hooked.
 
     Raises:
         HookError: If this vLLM is not one that the hooks were written for.
@@ -30,58 +38,109 @@ def register() -> None:
     import vllm
 
     check_version(vllm.__version__, is_check_skipped=os.environ.get(SKIP_VERSION_CHECK) == "1")
-    install(HOOKS)
+    if importlib.util.find_spec(REGISTRY) is None:
+        install(HOOKS)
+    else:
+        _register_method()
 
 
-def _create_speculative_config(original: Any) -> Any:
+def _register_method() -> None:
+    registry = importlib.import_module(REGISTRY)
+    registry.register_speculative_method(
+        registry.RegisteredSpeculativeMethod(
+            name="layerskip",
+            create_config=create_config,
+            is_config=is_layerskip_config,
+            create_proposer=create_proposer,
+            create_speculator=create_speculator,
+            add_cli_args=add_cli_args,
+            fold_cli_args=fold_cli_args,
+        )
+    )
+
+
+def create_config(
+    args: EngineArgs, model_config: ModelConfig, parallel_config: ParallelConfig
+) -> LayerSkipConfig:
+    """Read the engine arguments; see `config.create_layerskip_config`."""
+    from layerskip_vllm.config import create_layerskip_config
+
+    return create_layerskip_config(args, model_config, parallel_config)
+
+
+def is_layerskip_config(config: SpeculativeConfig | None) -> bool:
+    """Return whether a speculative config is layerskip's."""
+    from layerskip_vllm.config import LayerSkipConfig
+
+    return isinstance(config, LayerSkipConfig)
+
+
+def create_proposer(vllm_config: VllmConfig, device: torch.device, runner: Any) -> Any:
+    """Make the drafter of Model Runner V1."""
+    from layerskip_vllm.drafting.proposer import LayerSkipProposer
+
+    return LayerSkipProposer(vllm_config, device, runner)
+
+
+def create_speculator(vllm_config: VllmConfig, device: torch.device) -> Any:
+    """Make the drafter of Model Runner V2."""
+    from layerskip_vllm.drafting.speculator import LayerSkipSpeculator
+
+    return LayerSkipSpeculator(vllm_config, device)
+
+
+def add_cli_args(parser: Any) -> Any:
+    """Add layerskip's flags to vLLM's parser."""
+    from layerskip_vllm.cli.flags import add_speculative_flags
+
+    return add_speculative_flags(parser)
+
+
+def fold_cli_args(args: argparse.Namespace) -> argparse.Namespace:
+    """Move the values of layerskip's flags to where vLLM carries them on."""
+    from layerskip_vllm.cli.flags import fold_exit_layer
+
+    return fold_exit_layer(args)
+
+
+def _hook_create_speculative_config(original: Any) -> Any:
     @functools.wraps(original)
     def create_speculative_config(
-        self: Any, target_model_config: ModelConfig, target_parallel_config: ParallelConfig
+        self: EngineArgs, target_model_config: ModelConfig, target_parallel_config: ParallelConfig
     ) -> SpeculativeConfig | None:
-        from layerskip_vllm.config import create_layerskip_config, is_layerskip
+        from layerskip_vllm.config import is_layerskip
 
-        if not is_layerskip(self):
-            return original(self, target_model_config, target_parallel_config)
-        return create_layerskip_config(self, target_model_config, target_parallel_config)
+        create = create_config if is_layerskip(self) else original
+        return create(self, target_model_config, target_parallel_config)
 
     return create_speculative_config
 
 
-def _add_cli_args(original: Any) -> Any:
+def _hook_add_cli_args(original: Any) -> Any:
     function = original.__func__
 
     @functools.wraps(function)
-    def add_cli_args(parser: Any) -> Any:
-        from layerskip_vllm.cli.flags import add_speculative_flags
+    def add_all_cli_args(parser: Any) -> Any:
+        return add_cli_args(function(parser))
 
-        return add_speculative_flags(function(parser))
-
-    return staticmethod(add_cli_args)
+    return staticmethod(add_all_cli_args)
 
 
-def _from_cli_args(original: Any) -> Any:
+def _hook_from_cli_args(original: Any) -> Any:
     function = original.__func__
 
     @functools.wraps(function)
     def from_cli_args(cls: Any, args: argparse.Namespace) -> Any:
-        from layerskip_vllm.cli.flags import fold_exit_layer
-
-        return function(cls, fold_exit_layer(args))
+        return function(cls, fold_cli_args(args))
 
     return classmethod(from_cli_args)
 
 
-def _new_proposer(original: Any) -> Any:
-    def __new__(
-        cls: type, vllm_config: VllmConfig, device: torch.device, runner: Any = None
-    ) -> Any:
+def _hook_new_proposer(original: Any) -> Any:
+    def __new__(cls: type, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
         from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-        from layerskip_vllm.config import LayerSkipConfig
-
-        if cls is DraftModelProposer and isinstance(
-            vllm_config.speculative_config, LayerSkipConfig
-        ):
+        if cls is DraftModelProposer and is_layerskip_config(vllm_config.speculative_config):
             from layerskip_vllm.drafting.proposer import LayerSkipProposer
 
             cls = LayerSkipProposer
@@ -90,15 +149,11 @@ def _new_proposer(original: Any) -> Any:
     return staticmethod(__new__)
 
 
-def _init_speculator(original: Any) -> Any:
+def _hook_init_speculator(original: Any) -> Any:
     @functools.wraps(original)
     def init_speculator(vllm_config: VllmConfig, device: torch.device, req_states: Any) -> Any:
-        from layerskip_vllm.config import LayerSkipConfig
-
-        if isinstance(vllm_config.speculative_config, LayerSkipConfig):
-            from layerskip_vllm.drafting.speculator import LayerSkipSpeculator
-
-            return LayerSkipSpeculator(vllm_config, device)
+        if is_layerskip_config(vllm_config.speculative_config):
+            return create_speculator(vllm_config, device)
         return original(vllm_config, device, req_states)
 
     return init_speculator
@@ -117,7 +172,7 @@ _V2_GRAPHS = (
 HOOKS = (
     Hook(
         target=f"{_ARGS}.create_speculative_config",
-        replace=_create_speculative_config,
+        replace=_hook_create_speculative_config,
         relies_on={
             f"{_ARGS}.create_speculative_config": "cf054431c1ee0bd9",
             "vllm.config.speculative:SpeculativeConfig": "fd6f269356f3f002",
@@ -126,19 +181,19 @@ HOOKS = (
     ),
     Hook(
         target=f"{_ARGS}.add_cli_args",
-        replace=_add_cli_args,
+        replace=_hook_add_cli_args,
         relies_on={f"{_ARGS}.add_cli_args": "09113390a2bf55a6"},
-        why="--speculative-model, --num-speculative-tokens, --spec-exit-layer, --spec-method layerskip",
+        why="--speculative-model, --num-speculative-tokens, --spec-exit-layer; --spec-method layerskip",
     ),
     Hook(
         target=f"{_ARGS}.from_cli_args",
-        replace=_from_cli_args,
+        replace=_hook_from_cli_args,
         relies_on={f"{_ARGS}.from_cli_args": "f408efc21dab6743"},
         why="--spec-exit-layer reaches the speculative config",
     ),
     Hook(
         target=f"{_V1_DRAFT}.__new__",
-        replace=_new_proposer,
+        replace=_hook_new_proposer,
         is_new=True,
         relies_on={
             f"{_V1_DRAFT}.__init__": "2fdd7f7a957faebb",
@@ -155,7 +210,7 @@ HOOKS = (
     ),
     Hook(
         target="vllm.v1.worker.gpu.model_runner:init_speculator",
-        replace=_init_speculator,
+        replace=_hook_init_speculator,
         relies_on={
             f"{_V2_HOME}:init_speculator": "1250963c8442ddc7",
             _V2_BASE: "9299999e1b2f93dc",

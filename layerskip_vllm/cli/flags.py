@@ -15,7 +15,7 @@ EXIT_LAYER_FLAG = "--spec-exit-layer"
 def add_speculative_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add layerskip's flags to a parser that has vLLM's engine arguments."""
     for action in parser._actions:
-        if "--spec-method" in action.option_strings and action.choices is not None:
+        if "--spec-method" in action.option_strings and METHOD not in (action.choices or [METHOD]):
             action.choices = [*action.choices, METHOD]
     group = parser.add_argument_group(
         "LayerSkip", "Self-speculative decoding: the model's first layers draft, all verify."

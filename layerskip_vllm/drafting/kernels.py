@@ -48,9 +48,7 @@ def _prepare_draft_kernel(
     position = tl.load(target_seq_lens_ptr + req_idx) - tl.load(num_rejected_ptr + req_idx)
     # Without a sampled token the request is in the middle of its prompt.
     is_active = (
-        (req_state_idx >= 0)
-        & (tl.load(num_sampled_ptr + req_idx) > 0)
-        & (position < max_model_len)
+        (req_state_idx >= 0) & (tl.load(num_sampled_ptr + req_idx) > 0) & (position < max_model_len)
     )
     token = tl.load(last_sampled_ptr + req_state_idx, mask=is_active, other=0)
     position = tl.where(is_active, position, 0)

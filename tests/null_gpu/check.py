@@ -1,0 +1,201 @@
+"""Takes layerskip through vLLM's GPU path on a stand-in GPU whose kernels do nothing.
+
+Called by `run.sh`. Each case is a process of its own that starts an engine, generates and checks
+how the drafts were run; the tokens themselves mean nothing here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+NUM_SPECULATIVE_TOKENS = 3
+ONE_GRAPH, GRAPH_A_STEP, NO_GRAPH = "one a draft", "one a draft step", "none"
+
+# name: (engine arguments, speculative settings, environment, which CUDA graphs the drafts must use)
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str], str]] = {
+    "eager": ({"enforce_eager": True}, {}, {}, NO_GRAPH),
+    "compiled, one graph a draft": ({}, {}, {}, ONE_GRAPH),
+    "compiled, graph a step": ({"attention_backend": "TRITON_ATTN"}, {}, {}, ""),
+    "flashinfer": ({"attention_backend": "FLASHINFER"}, {}, {}, ""),
+    "drafts eager, target with graphs": ({}, {"enforce_eager": True}, {}, NO_GRAPH),
+    "probabilistic drafts": ({}, {"draft_sample_method": "probabilistic"}, {}, ONE_GRAPH),
+    "K by batch size": (
+        {},
+        {"num_speculative_tokens_per_batch_size": [[1, 1, 3], [2, 3, 1], [4, 4, 0]]},
+        {},
+        ONE_GRAPH,
+    ),
+    "no async scheduling": ({"async_scheduling": False}, {}, {}, ONE_GRAPH),
+    "chunked prefill": ({"max_num_batched_tokens": 16}, {}, {}, ONE_GRAPH),
+    "runner V1": ({}, {}, {"VLLM_USE_V2_MODEL_RUNNER": "0"}, "piecewise"),
+}
+
+
+def run_case(name: str, model: str) -> None:
+    """Start an engine as the case says, generate, and check which graphs the drafts used."""
+    engine_args, speculative, environment, graphs = CASES[name]
+    os.environ.update(environment)
+    import null_tokens
+
+    null_tokens.apply()
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model,
+        max_model_len=256,
+        max_num_seqs=4,
+        gpu_memory_utilization=0.5,
+        disable_log_stats=False,
+        speculative_config={
+            "method": "layerskip",
+            "exit_layer": 2,
+            "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
+            **speculative,
+        },
+        **engine_args,
+    )
+    prompts = [{"prompt_token_ids": list(range(2, 2 + length))} for length in (3, 20, 40)]
+    sampling = SamplingParams(
+        max_tokens=8,
+        ignore_eos=True,
+        temperature=1.0 if speculative.get("draft_sample_method") else 0.0,
+    )
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [8, 8, 8]
+    drafts = {m.name: m.value for m in llm.get_metrics() if m.name.endswith("num_drafts")}
+    assert drafts["vllm:spec_decode_num_drafts"] > 0, "nothing was drafted"
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    print("result:", json.dumps(_describe(runner, graphs)))
+
+
+def _describe(runner: Any, graphs: str) -> dict[str, Any]:
+    if hasattr(runner, "drafter"):
+        mode = runner.drafter.cudagraph_dispatcher.cudagraph_mode.name.lower()
+        assert type(runner.drafter).__name__ == "LayerSkipProposer"
+        assert mode == graphs, f"drafts ran with CUDA graphs {mode!r}, not {graphs!r}"
+        return {"runner": "V1", "graphs": mode}
+    speculator = runner.speculator
+    assert type(speculator).__name__ == "LayerSkipSpeculator"
+    is_one = speculator.supports_decode_metadata_update
+    has_graphs = bool(speculator.graphs.graphs)
+    found = NO_GRAPH if not has_graphs else ONE_GRAPH if is_one else GRAPH_A_STEP
+    assert graphs in ("", found), f"drafts ran with CUDA graphs {found!r}, not {graphs!r}"
+    return {
+        "runner": "V2",
+        "graphs": found,
+        "sizes": sorted(
+            (desc.num_tokens, getattr(desc, "num_speculative_tokens", NUM_SPECULATIVE_TOKENS))
+            for desc in speculator.graphs.graphs
+        ),
+        "backends": sorted({g.backend.get_name() for g in speculator._all_attn_groups()}),
+    }
+
+
+def run_server(model: str) -> None:
+    """Start `vllm serve` with the CLI flags and have it answer one request."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    flags = ["--speculative-model=layerskip", "--num-speculative-tokens=3", "--spec-exit-layer=2"]
+    sizes = ["--max-model-len=256", "--max-num-seqs=4", "--gpu-memory-utilization=0.5"]
+    # Every process of the server must say that each request got one token.
+    boot = "import null_tokens; null_tokens.apply()"
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "sitecustomize.py").write_text(
+            "import wrapt\n"
+            "wrapt.when_imported('vllm.v1.worker.gpu.async_utils')"
+            f"(lambda module: exec({boot!r}))\n"
+        )
+        environment = os.environ | {
+            "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        }
+        server = subprocess.Popen(
+            ["vllm", "serve", model, "--host=127.0.0.1", f"--port={port}", *flags, *sizes],
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            _wait_and_complete(server, f"http://127.0.0.1:{port}", model)
+        finally:
+            os.killpg(server.pid, 15)
+            server.wait(60)
+
+
+def _wait_and_complete(server: subprocess.Popen[bytes], url: str, model: str) -> None:
+    for _ in range(600):
+        assert server.poll() is None, "vllm serve ended before it was ready"
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=1)
+            break
+        except OSError:
+            time.sleep(1)
+    body = {"model": model, "prompt": [2, 3, 4], "max_tokens": 8, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    answer = json.load(urllib.request.urlopen(request, timeout=120))
+    assert answer["usage"]["completion_tokens"] == 8, answer
+    metrics = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
+    counter = next(
+        line
+        for line in metrics.splitlines()
+        if line.startswith("vllm:spec_decode_num_drafts_total")
+    )
+    assert float(counter.rsplit(" ", 1)[1]) > 0, counter
+    print("result:", json.dumps({"server": "answered", "drafts": counter.rsplit(" ", 1)[1]}))
+
+
+def main() -> int:
+    """Run every case in a process of its own; the exit status is 1 if one failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", help="run this case alone, in this process")
+    parser.add_argument("--model", help="a checkpoint; a tiny random one is made if not given")
+    parser.add_argument("--only", nargs="*", help="names of the cases to run")
+    args = parser.parse_args()
+    if args.case:
+        run_server(args.model) if args.case == "serve" else run_case(args.case, args.model)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        model = args.model or _make_model(Path(folder) / "model")
+        failed = []
+        for name in args.only or [*CASES, "serve"]:
+            start = time.monotonic()
+            done = subprocess.run(
+                [sys.executable, __file__, "--case", name, "--model", model],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=1200,
+            )
+            result = [line for line in done.stdout.splitlines() if line.startswith("result:")]
+            is_passed = done.returncode == 0 and bool(result)
+            detail = result[-1] if is_passed else done.stdout[-3000:]
+            print(f"{'ok  ' if is_passed else 'FAIL'} {name} ({time.monotonic() - start:.0f} s)")
+            print(f"     {detail}", flush=True)
+            if not is_passed:
+                failed.append(name)
+    print(f"{len(failed)} failed: {', '.join(failed)}" if failed else "all passed")
+    return bool(failed)
+
+
+def _make_model(path: Path) -> str:
+    from tests.support.checkpoints import make_checkpoint
+
+    return str(make_checkpoint(path))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
