@@ -36,7 +36,8 @@ def num_bytes(module: nn.Module) -> int:
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     for linear in module.modules():
         # On the CPU vLLM repacks the weights of linear layers and leaves an empty parameter.
-        if isinstance(linear, LinearBase) and linear.weight.numel() == 0:
+        weight = getattr(linear, "weight", None)
+        if isinstance(linear, LinearBase) and weight is not None and weight.numel() == 0:
             num_weights = linear.input_size_per_partition * linear.output_size_per_partition
             size += num_weights * linear.params_dtype.itemsize
     return size

@@ -14,8 +14,8 @@ DEFAULT_NUM_SPECULATIVE_TOKENS = 4
 
 # The (E, K) pairs that were published for Meta's checkpoints.
 # Sources: llama2-7B from the README of facebookresearch/LayerSkip; 13B from Table 3 of
-# arXiv 2404.16710 (XSUM); 70B, llama3-8B and llama3.2-1B from the scripts of DEL (arXiv 2504.05598).
-# No settings were published for the two CodeLlama checkpoints: the 7B one takes llama2-7B's (the same
+# arXiv 2404.16710 (XSUM); 70B, llama3-8B and llama3.2-1B from DEL (arXiv 2504.05598), its scripts.
+# None were published for the two CodeLlama checkpoints: the 7B one takes llama2-7B's (the same
 # shape, and Table 3 uses it on HumanEval), the 34B one a quarter of its layers.
 PUBLISHED_SETTINGS = {
     "layerskip-llama2-7b": (8, 6),
@@ -29,18 +29,24 @@ PUBLISHED_SETTINGS = {
 
 
 @dataclass(frozen=True)
+class Setting:
+    """A number and where it comes from, for messages."""
+
+    value: int
+    source: str
+
+
+@dataclass(frozen=True)
 class DraftSettings:
     """How a checkpoint drafts.
 
     Attributes:
         exit_layer: E, the number of layers that a draft step runs; layers [0, E).
         num_speculative_tokens: K, the number of tokens drafted for each verification.
-        source: Where the two come from, for the log.
     """
 
-    exit_layer: int
-    num_speculative_tokens: int
-    source: str
+    exit_layer: Setting
+    num_speculative_tokens: Setting
 
 
 def default_settings(model: str, hf_config: Any, num_layers: int) -> DraftSettings:
@@ -57,21 +63,27 @@ def default_settings(model: str, hf_config: Any, num_layers: int) -> DraftSettin
     Raises:
         ValueError: If the checkpoint's `layerskip` entry is not of the right form.
     """
-    fallback = DraftSettings(
-        max(1, num_layers // 4), DEFAULT_NUM_SPECULATIVE_TOKENS, "a quarter of the layers"
-    )
-    entry = getattr(hf_config, CONFIG_KEY, None)
-    if entry is not None:
-        return _from_entry(entry, fallback)
     name = model.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
     if name in PUBLISHED_SETTINGS:
-        return DraftSettings(*PUBLISHED_SETTINGS[name], "the table of published checkpoints")
-    return fallback
+        source = "the table of published checkpoints"
+        exit_layer, num_speculative_tokens = (
+            Setting(value, source) for value in PUBLISHED_SETTINGS[name]
+        )
+    else:
+        exit_layer = Setting(max(1, num_layers // 4), "a quarter of the layers")
+        num_speculative_tokens = Setting(DEFAULT_NUM_SPECULATIVE_TOKENS, "the default")
+    entry = _checked_entry(getattr(hf_config, CONFIG_KEY, None))
+    return DraftSettings(
+        entry.get("exit_layer", exit_layer),
+        entry.get("num_speculative_tokens", num_speculative_tokens),
+    )
 
 
-def _from_entry(entry: Any, fallback: DraftSettings) -> DraftSettings:
+def _checked_entry(entry: Any) -> dict[str, Setting]:
     where = f"'{CONFIG_KEY}' in the checkpoint's config.json"
     fields = ("exit_layer", "num_speculative_tokens")
+    if entry is None:
+        return {}
     if not isinstance(entry, Mapping):
         raise ValueError(
             f"{where} is {entry!r}; it must be an object such as "
@@ -81,11 +93,7 @@ def _from_entry(entry: Any, fallback: DraftSettings) -> DraftSettings:
         if key not in fields:
             raise ValueError(f"{where} has the unknown key {key!r}; known are {', '.join(fields)}.")
         check_positive_int(f"{key} of {where}", value)
-    return DraftSettings(
-        entry.get("exit_layer", fallback.exit_layer),
-        entry.get("num_speculative_tokens", fallback.num_speculative_tokens),
-        "the checkpoint's config.json",
-    )
+    return {key: Setting(value, "the checkpoint's config.json") for key, value in entry.items()}
 
 
 def check_positive_int(name: str, value: Any) -> int:

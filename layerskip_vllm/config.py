@@ -6,13 +6,16 @@ Built in the API server (or by `LLM`) from `EngineArgs`, then pickled to every o
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.config.speculative import SpeculativeConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
+from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
-from layerskip_vllm.checkpoints import check_positive_int, default_settings
+from layerskip_vllm.checkpoints import Setting, check_positive_int, default_settings
+from layerskip_vllm.compatibility import check_engine, check_model
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.layerskip")
 
 METHOD = "layerskip"
+
+# What the rejection sampler of Model Runner V1 takes (MAX_SPEC_LEN).
+MAX_NUM_SPECULATIVE_TOKENS = 128
 
 # vLLM's speculative settings that mean the same here.
 SHARED_SETTINGS = frozenset(
@@ -76,9 +82,30 @@ class LayerSkipConfig(SpeculativeConfig):
 
 
 def is_layerskip(args: EngineArgs) -> bool:
-    """Return whether `args` ask for layerskip, by method or by model, in any of vLLM's ways."""
-    given = args.speculative_config or {}
-    return METHOD in (args.spec_method, args.spec_model, given.get("method"), given.get("model"))
+    """Return whether `args` ask for layerskip, by method or by model, in any of vLLM's ways.
+
+    Raises:
+        ValueError: If they ask for it in a form that vLLM would misread.
+    """
+    given = args.speculative_config
+    if isinstance(given, str) and given.casefold() == METHOD:
+        raise ValueError(
+            f"speculative_config is {given!r}; it must be a dict such as {{'method': '{METHOD}'}}."
+        )
+    if not isinstance(given, Mapping):
+        given = {}
+    names = (args.spec_method, args.spec_model, given.get("method"), given.get("model"))
+    for name in names:
+        if isinstance(name, str) and name != METHOD and name.casefold() == METHOD:
+            raise ValueError(f"the speculative method or model is {name!r}; write it {METHOD!r}.")
+    if METHOD in names:
+        return True
+    if "exit_layer" in given or "exit-layer" in given:
+        raise ValueError(
+            f"exit_layer is a setting of layerskip alone; add 'method': '{METHOD}' to the "
+            f"speculative config {dict(given)!r}, or leave exit_layer out."
+        )
+    return False
 
 
 def create_layerskip_config(
@@ -94,38 +121,38 @@ def create_layerskip_config(
     settings = _merge_settings(args)
     _check_settings(settings)
     check_model(model_config)
-    _check_engine(args, parallel_config)
-
-    num_layers = model_config.get_total_num_hidden_layers()
-    defaults = default_settings(model_config.model, model_config.hf_config, num_layers)
-    is_default = not {"exit_layer", "num_speculative_tokens"} <= settings.keys()
-    settings.setdefault("exit_layer", defaults.exit_layer)
-    settings.setdefault("num_speculative_tokens", defaults.num_speculative_tokens)
-    if settings["exit_layer"] > num_layers:
-        raise ValueError(
-            f"exit_layer is {settings['exit_layer']}, but {model_config.model} has {num_layers} "
-            f"layers; it must be between 1 and {num_layers}, and drafts pay when it is small "
-            "(a quarter of the layers or less)."
-        )
-    _check_num_speculative_tokens(settings["num_speculative_tokens"], model_config)
-    layerskip_config = LayerSkipConfig(
+    check_engine(args, parallel_config)
+    defaults = default_settings(
+        model_config.model, model_config.hf_config, model_config.get_total_num_hidden_layers()
+    )
+    exit_layer, num_speculative_tokens = (
+        Setting(settings[key], "the user") if key in settings else getattr(defaults, key)
+        for key in ("exit_layer", "num_speculative_tokens")
+    )
+    _check_range(exit_layer, num_speculative_tokens, model_config)
+    settings["exit_layer"] = exit_layer.value
+    settings["num_speculative_tokens"] = num_speculative_tokens.value
+    _check_schedule(settings)
+    logger.info(
+        "layerskip: exit_layer=%d (from %s), num_speculative_tokens=%d (from %s)",
+        exit_layer.value,
+        exit_layer.source,
+        num_speculative_tokens.value,
+        num_speculative_tokens.source,
+    )
+    return LayerSkipConfig(
         target_model_config=model_config, target_parallel_config=parallel_config, **settings
     )
-    if is_default:
-        logger.info(
-            "layerskip: exit_layer=%d, num_speculative_tokens=%d (from %s where not given)",
-            layerskip_config.exit_layer,
-            layerskip_config.num_speculative_tokens,
-            defaults.source,
-        )
-    return layerskip_config
 
 
 def _merge_settings(args: EngineArgs) -> dict[str, Any]:
     """The user's settings under vLLM's names, without `method` and `model`."""
-    settings = {
-        key.replace("-", "_"): value for key, value in (args.speculative_config or {}).items()
-    }
+    settings: dict[str, Any] = {}
+    for given, value in (args.speculative_config or {}).items():
+        key = str(given).replace("-", "_")
+        if key in settings:
+            raise ValueError(f"{key} is given twice in the speculative config; give it once.")
+        settings[key] = value
     for flag, key, value in (
         ("--spec-method", "method", args.spec_method),
         ("--spec-model", "model", args.spec_model),
@@ -150,7 +177,7 @@ def _merge_settings(args: EngineArgs) -> dict[str, Any]:
     # What vLLM writes into the dict when a configuration is built twice from the same arguments.
     settings.pop("target_model_config", None)
     settings.pop("target_parallel_config", None)
-    return settings
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
@@ -166,82 +193,54 @@ def _check_settings(settings: dict[str, Any]) -> None:
             f"{key!r} is not a setting of layerskip; known are {', '.join(sorted(KNOWN_KEYS))}."
         )
     for key in ("exit_layer", "num_speculative_tokens"):
-        if settings.get(key) is None:
-            settings.pop(key, None)
-        else:
+        if key in settings:
             check_positive_int(key, settings[key])
-
-
-def _check_num_speculative_tokens(value: int, model_config: ModelConfig) -> None:
-    if value >= model_config.max_model_len:
+    if (
+        settings.get("use_local_argmax_reduction")
+        and settings.get("draft_sample_method") == "probabilistic"
+    ):
         raise ValueError(
-            f"num_speculative_tokens is {value}, but max_model_len is "
-            f"{model_config.max_model_len}; it must be smaller, and is usually between 2 and 8."
+            "use_local_argmax_reduction is true and draft_sample_method is 'probabilistic', which "
+            "needs all logits; use 'greedy' drafts or leave use_local_argmax_reduction out."
         )
 
 
-def check_model(model_config: ModelConfig) -> None:
-    """Refuse a model whose first layers cannot be run alone over the shared KV cache.
-
-    Raises:
-        ValueError: With the model's name and the reason.
-    """
-    name = f"model is {model_config.model!r} ({', '.join(model_config.architectures)})"
-    hf_config, text_config = model_config.hf_config, model_config.hf_text_config
-    num_shared = getattr(text_config, "num_kv_shared_layers", 0) or 0
-    model_type = str(getattr(hf_config, "model_type", ""))
-    reasons = (
-        (model_config.runner_type != "generate", "it does not generate text"),
-        (
-            model_type in ("eagle", "medusa", "mlp_speculator") or model_type.endswith("_mtp"),
-            f"it is a draft model itself (model_type {model_type!r})",
-        ),
-        (model_config.is_encoder_decoder, "it is an encoder-decoder"),
-        (
-            model_config.is_multimodal_model,
-            "it takes multimodal inputs, which draft steps do not carry yet",
-        ),
-        (model_config.uses_mrope, "it uses M-RoPE positions, which draft steps do not carry"),
-        (
-            model_config.is_hybrid or model_config.is_attention_free,
-            "it has Mamba or other recurrent layers, whose state a rejected draft would spoil",
-        ),
-        (
-            num_shared > 0,
-            f"its last {num_shared} layers read the KV cache of earlier ones "
-            "(num_kv_shared_layers), across the exit",
-        ),
-        (
-            model_config.using_transformers_backend(),
-            "vLLM runs it through transformers, whose layers cannot be sliced",
-        ),
-        (
-            not model_config.registry.is_pp_supported_model(
-                model_config.architectures, model_config
-            ),
-            "its vLLM implementation cannot run a slice of its layers (no pipeline parallelism)",
-        ),
-    )
-    for is_refused, reason in reasons:
-        if is_refused:
-            raise ValueError(
-                f"{name}, which layerskip cannot draft with: {reason}. Use a decoder-only text "
-                "model with attention layers, or another speculative method."
-            )
+def _check_range(
+    exit_layer: Setting, num_speculative_tokens: Setting, model_config: ModelConfig
+) -> None:
+    num_layers = model_config.get_total_num_hidden_layers()
+    if exit_layer.value > num_layers:
+        raise ValueError(
+            f"exit_layer is {exit_layer.value} (from {exit_layer.source}), but "
+            f"{model_config.model} has {num_layers} layers; it must be between 1 and {num_layers}, "
+            "and drafts pay when it is small (a quarter of the layers or less)."
+        )
+    limit = min(MAX_NUM_SPECULATIVE_TOKENS, model_config.max_model_len - 1)
+    if num_speculative_tokens.value > limit:
+        raise ValueError(
+            f"num_speculative_tokens is {num_speculative_tokens.value} (from "
+            f"{num_speculative_tokens.source}); it must be at most {limit} here (vLLM verifies at "
+            f"most {MAX_NUM_SPECULATIVE_TOKENS}, and max_model_len is "
+            f"{model_config.max_model_len}), and is usually between 2 and 8."
+        )
 
 
-def _check_engine(args: EngineArgs, parallel_config: ParallelConfig) -> None:
-    """Refuse engine settings that the draft steps do not support."""
-    for name, value, right in (
-        ("pipeline_parallel_size", parallel_config.pipeline_parallel_size, 1),
-        ("decode_context_parallel_size", parallel_config.decode_context_parallel_size, 1),
-        ("prefill_context_parallel_size", parallel_config.prefill_context_parallel_size, 1),
-        ("enable_eplb", parallel_config.enable_eplb, False),
-        ("use_ubatching", parallel_config.use_ubatching, False),
-        ("enable_lora", bool(args.enable_lora), False),
-        ("kv_sharing_fast_prefill", bool(args.kv_sharing_fast_prefill), False),
-    ):
-        if value != right:
-            raise ValueError(
-                f"{name} is {value!r}, which layerskip does not support; it must be {right!r}."
-            )
+def _check_schedule(settings: dict[str, Any]) -> None:
+    """Check K by batch size here, where vLLM itself would fail in the engine core."""
+    name = "num_speculative_tokens_per_batch_size"
+    if name not in settings:
+        return
+    try:
+        schedule = validate_and_normalize_dynamic_sd_schedule(settings[name])
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{name} is {settings[name]!r}: {error} It must be a list of [first batch size, last "
+            "batch size, K] such as [[1, 4, 4], [5, 64, 2]]."
+        ) from error
+    largest = max(k for *_, k in schedule)
+    limit = settings["num_speculative_tokens"]
+    if not 1 <= largest <= limit:
+        raise ValueError(
+            f"{name} is {settings[name]!r}, whose largest K is {largest}; it must be between 1 and "
+            f"num_speculative_tokens, which is {limit}."
+        )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,13 +19,10 @@ from types import ModuleType
 from typing import Any, Literal
 
 import wrapt
-from packaging.version import Version
 
 SUPPORTED_VLLM_VERSIONS = ("0.32.0",)
 
-HookState = Literal["not installed", "armed", "applied"]
-
-_MARK = "__layerskip_hook__"
+HookState = Literal["not installed", "armed", "applied", "refused"]
 
 
 class HookError(RuntimeError):
@@ -72,7 +70,7 @@ def check_version(version: str, is_check_skipped: bool = False) -> None:
     Raises:
         HookError: If `version` is not a supported release and the check is not skipped.
     """
-    if Version(version).base_version in SUPPORTED_VLLM_VERSIONS or is_check_skipped:
+    if is_check_skipped or version.partition("+")[0] in SUPPORTED_VLLM_VERSIONS:
         return
     raise HookError(
         f"vLLM {version} is not supported by this version of layerskip-vllm. Install "
@@ -84,21 +82,33 @@ def check_version(version: str, is_check_skipped: bool = False) -> None:
 def install(hooks: Sequence[Hook]) -> None:
     """Check all of `hooks`, then arm them; a second call does nothing.
 
+    A hook whose module is imported already is applied at once, the others on import.
+
     Raises:
-        HookError: If a target or something it relies on is missing or changed (nothing is armed
-            then), or, on the import of its module, if the target was already patched by others.
+        HookError: If a target or something it relies on is missing, changed or already patched;
+            nothing is hooked then. A target that is found patched only when its module is imported
+            makes that import, and every later one, fail in the same way.
     """
-    new_hooks = [hook for hook in hooks if hook_state(hook) == "not installed"]
-    problems = [problem for hook in new_hooks for problem in check(hook)]
+    pending = [hook for hook in hooks if hook_state(hook) in ("not installed", "refused")]
+    problems = [problem for hook in pending for problem in check(hook)]
     if problems:
+        for hook in pending:
+            _states[hook.target] = "refused"
         raise HookError(_explain(problems))
-    for hook in new_hooks:
-        _states[hook.target] = "armed"
-        wrapt.when_imported(hook.module)(lambda module, hook=hook: _apply(hook, module))
+    for hook in pending:
+        _arm(hook)
+
+
+def _arm(hook: Hook) -> None:
+    _states[hook.target] = "armed"
+    wrapt.when_imported(hook.module)(lambda module: _apply(hook, module))
 
 
 def check(hook: Hook) -> list[str]:
-    """Return what is wrong with vLLM's source for `hook`, without importing it; [] if nothing."""
+    """Return what is wrong with vLLM for `hook`, without importing anything; [] if nothing.
+
+    The source on disk is checked, and the target itself where its module is imported already.
+    """
     problems = []
     for name, digest in hook.relies_on.items():
         found = source_digest(name)
@@ -108,6 +118,9 @@ def check(hook: Hook) -> list[str]:
             problems.append(f"{name} has changed: source digest {found}, expected {digest}")
     if hook.is_new and source_digest(hook.target) is not None:
         problems.append(f"{hook.target} exists, but this version of the plugin expects it not to")
+    module = sys.modules.get(hook.module)
+    if module is not None and not problems and hook_state(hook) != "applied":
+        problems += _check_live(hook, module)
     return problems
 
 
@@ -150,32 +163,41 @@ def _definitions(module: str) -> dict[str, str] | None:
 
 
 def _apply(hook: Hook, module: ModuleType) -> None:
+    problems = _check_live(hook, module)
+    if problems:
+        # The import fails; without the module in place, arming waits for the next one.
+        sys.modules.pop(hook.module, None)
+        _arm(hook)
+        _states[hook.target] = "refused"
+        raise HookError(_explain(problems))
+    owner, attribute = _owner_of(hook, module)
+    setattr(owner, attribute, hook.replace(vars(owner).get(attribute)))
+    _states[hook.target] = "applied"
+
+
+def _owner_of(hook: Hook, module: ModuleType) -> tuple[Any, str]:
+    """What holds the target, the module or a class in it, and the target's name there."""
     *path, attribute = hook.target.partition(":")[2].split(".")
     owner: Any = module
     for name in path:
         owner = getattr(owner, name)
+    return owner, attribute
+
+
+def _check_live(hook: Hook, module: ModuleType) -> list[str]:
+    """Say whether something has replaced the target since its source was written."""
+    owner, attribute = _owner_of(hook, module)
     original = vars(owner).get(attribute)
-    _check_live(hook, original)
-    replacement = hook.replace(original)
-    setattr(_plain(replacement), _MARK, hook.target)
-    setattr(owner, attribute, replacement)
-    _states[hook.target] = "applied"
-
-
-def _check_live(hook: Hook, original: Any) -> None:
-    """Refuse an attribute that something else has replaced since it was read from disk."""
     if hook.is_new:
-        if original is None:
-            return
+        is_untouched = original is None
     elif original is None:
-        raise HookError(_explain([f"{hook.target} is missing"]))
+        return [f"{hook.target} is missing"]
     else:
         function = _plain(original)
         code = getattr(function, "__code__", None)
         is_wrapped = hasattr(function, "__wrapped__")
-        if code is not None and not is_wrapped and code.co_filename == _home(hook):
-            return
-    raise HookError(_explain([f"{hook.target} is already patched, by {_describe(original)}"]))
+        is_untouched = code is not None and not is_wrapped and code.co_filename == _home(hook)
+    return [] if is_untouched else [f"{hook.target} is already patched, by {_describe(original)}"]
 
 
 def _home(hook: Hook) -> str | None:

@@ -159,12 +159,29 @@ def _hook_init_speculator(original: Any) -> Any:
     return init_speculator
 
 
+def _hook_expand(original: Any) -> Any:
+    def _expand_kernel_impl(
+        output: torch.Tensor,
+        input_val: torch.Tensor,
+        cu_num_tokens: torch.Tensor,
+        replace_from: int,
+        replace_to: int,
+        MAX_NUM_TOKENS: int | None = None,
+    ) -> None:
+        num_tokens = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+        values = input_val.masked_fill(input_val == replace_from, replace_to)
+        output.copy_(values.repeat_interleave(num_tokens))
+
+    return _expand_kernel_impl
+
+
 _ARGS = "vllm.engine.arg_utils:EngineArgs"
 _V1_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _V1_BASE = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
 _V1_DRAFT = "vllm.v1.spec_decode.draft_model:DraftModelProposer"
 _V2_HOME = "vllm.v1.worker.gpu.spec_decode"
 _V2_BASE = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
+_V2_RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 _V2_GRAPHS = (
     "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils:SpeculatorCudaGraphManager"
 )
@@ -183,7 +200,7 @@ HOOKS = (
         target=f"{_ARGS}.add_cli_args",
         replace=_hook_add_cli_args,
         relies_on={f"{_ARGS}.add_cli_args": "09113390a2bf55a6"},
-        why="--speculative-model, --num-speculative-tokens, --spec-exit-layer; --spec-method layerskip",
+        why="the flags --speculative-model, --num-speculative-tokens and --spec-exit-layer",
     ),
     Hook(
         target=f"{_ARGS}.from_cli_args",
@@ -215,8 +232,14 @@ HOOKS = (
             f"{_V2_HOME}:init_speculator": "1250963c8442ddc7",
             _V2_BASE: "9299999e1b2f93dc",
             _V2_GRAPHS: "78e8094e7a593de0",
-            "vllm.v1.worker.gpu.model_runner:GPUModelRunner.initialize_kv_cache": "a5a3180a103a8e5b",
+            f"{_V2_RUNNER}.initialize_kv_cache": "a5a3180a103a8e5b",
         },
         why="Model Runner V2 drafts with a LayerSkipSpeculator",
+    ),
+    Hook(
+        target="vllm.utils.cpu_triton_utils:_expand_kernel_impl",
+        replace=_hook_expand,
+        relies_on={"vllm.utils.cpu_triton_utils:_expand_kernel_impl": "cb72d4d389c5be6d"},
+        why="on the CPU, sampling with drafts reads each request's temperature, not stray memory",
     ),
 )

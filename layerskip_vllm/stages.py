@@ -55,6 +55,11 @@ class ExitModel(nn.Module):
         self.__dict__["stage"] = make_stage(inner, exit_layer, vllm_config, is_eager)
         if hasattr(target, "get_top_tokens"):
             self.get_top_tokens = target.get_top_tokens
+        elif vllm_config.speculative_config.use_local_argmax_reduction:
+            raise ValueError(
+                f"use_local_argmax_reduction is true, but {type(target).__name__} has no "
+                "get_top_tokens(); leave it out."
+            )
 
     def forward(
         self,

@@ -60,6 +60,7 @@ class LayerSkipProposer(DraftModelProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: GPUModelRunner):
         super().__init__(vllm_config, device, runner)
         self.runner = runner
+        self._check_rejection_sampler()
 
     @override
     def load_model(self, target_model: nn.Module) -> None:
@@ -71,6 +72,18 @@ class LayerSkipProposer(DraftModelProposer):
         self.runner.effective_drafter_max_model_len = (
             self.max_model_len + config.num_speculative_tokens
         )
+
+    def _check_rejection_sampler(self) -> None:
+        method = self.speculative_config.rejection_sample_method
+        reason = {
+            "block": "Model Runner V1 has no block verification",
+            "synthetic": "vLLM has no synthetic acceptance on the CPU",
+        }.get(method)
+        if method == "block" or (method == "synthetic" and self.device.type == "cpu"):
+            raise ValueError(
+                f"rejection_sample_method is {method!r}, but {reason}; use 'standard', or Model "
+                "Runner V2 on a GPU."
+            )
 
     @override
     def initialize_attn_backend(
