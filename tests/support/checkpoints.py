@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import string
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 NUM_LAYERS = 8
 VOCAB_SIZE = 256
+SLIDING_WINDOW = 32
 EOS_TOKEN_ID = 0
 
 _SHAPE: dict[str, Any] = {
@@ -28,89 +32,122 @@ _SHAPE: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
-_PHI3_SHAPE = {
-    key: value for key, value in _SHAPE.items() if key not in ("head_dim", "hidden_size")
-} | {"hidden_size": 128}
+# Phi-3 derives the size of a head.
+_PHI3_SHAPE = {k: v for k, v in _SHAPE.items() if k != "head_dim"} | {"hidden_size": 128}
 
-CONFIGS: dict[str, Any] = {
-    "llama": lambda: transformers.LlamaConfig(**_SHAPE),
-    "llama-tied": lambda: transformers.LlamaConfig(**_SHAPE | {"tie_word_embeddings": True}),
-    "qwen2": lambda: transformers.Qwen2Config(**_SHAPE),
-    "qwen3": lambda: transformers.Qwen3Config(**_SHAPE),
-    "mistral": lambda: transformers.MistralConfig(**_SHAPE, sliding_window=None),
-    "gemma2": lambda: transformers.Gemma2Config(
-        **_SHAPE, sliding_window=32, query_pre_attn_scalar=32
+CONFIGS: Mapping[str, Callable[..., transformers.PretrainedConfig]] = {
+    "llama": lambda **kw: transformers.LlamaConfig(**_SHAPE | kw),
+    "llama-tied": lambda **kw: transformers.LlamaConfig(
+        **_SHAPE | {"tie_word_embeddings": True} | kw
     ),
-    "phi3": lambda: transformers.Phi3Config(**_PHI3_SHAPE),
-    "olmo2": lambda: transformers.Olmo2Config(**_SHAPE),
-    "mixtral": lambda: transformers.MixtralConfig(
-        **_SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None
+    "qwen2": lambda **kw: transformers.Qwen2Config(**_SHAPE | kw),
+    "qwen3": lambda **kw: transformers.Qwen3Config(**_SHAPE | kw),
+    "mistral": lambda **kw: transformers.MistralConfig(
+        **_SHAPE | {"sliding_window": SLIDING_WINDOW} | kw
     ),
-    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
-        **_SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64
+    # Every other layer has a sliding window.
+    "gemma2": lambda **kw: transformers.Gemma2Config(
+        **_SHAPE | {"sliding_window": SLIDING_WINDOW, "query_pre_attn_scalar": 32} | kw
+    ),
+    "phi3": lambda **kw: transformers.Phi3Config(**_PHI3_SHAPE | kw),
+    "olmo2": lambda **kw: transformers.Olmo2Config(**_SHAPE | kw),
+    "mixtral": lambda **kw: transformers.MixtralConfig(
+        **_SHAPE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None} | kw
+    ),
+    "qwen3-moe": lambda **kw: transformers.Qwen3MoeConfig(
+        **_SHAPE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64} | kw
     ),
 }
+
+# How much each layer adds to the residual stream: little enough in the later ones that drafts from
+# layer 2 and from layer 4 are accepted about half and two thirds of the time, and refused the rest.
+_LAYER_SCALES = (1.0, 1.0, 0.2, 0.2, 0.12, 0.12, 0.12, 0.12)
+# Large enough that greedy outputs do not fall into short loops.
+_WEIGHT_STD = 0.2
+
+_NORMS_AFTER_A_SUBLAYER = (
+    "post_attention_layernorm.weight",
+    "post_feedforward_layernorm.weight",
+)
+_LAST_IN_A_SUBLAYER = ("o_proj.weight", "down_proj.weight", "down_proj")
 
 
 def make_checkpoint(
     path: Path,
     architecture: str = "llama",
     seed: int = 0,
-    late_scale: float = 0.3,
     layerskip: dict[str, int] | None = None,
+    **config: Any,
 ) -> Path:
-    """Write a random float32 checkpoint with a byte-level tokenizer, once.
+    """Write a random float32 checkpoint and a tokenizer of short ASCII strings, once.
 
     Args:
         path: The folder; returned as it is if it is already there.
         architecture: A key of `CONFIGS`.
         seed: Seed of the weights.
-        late_scale: Factor on what the second half of the layers adds to the residual stream, so
-            that the first half drafts well enough for accepted and refused drafts to occur.
         layerskip: The `layerskip` entry for `config.json`.
+        config: Fields of the model's configuration to change, such as `vocab_size`.
 
     Returns:
         `path`.
     """
-    if (path / "model.safetensors").exists():
+    if (path / "tokenizer.json").exists():
         return path
     torch.manual_seed(seed)
-    config = CONFIGS[architecture]()
-    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture](**config)).float()
+    # Gemma's norms multiply by one more than their weight.
+    norm_offset = 1.0 if architecture.startswith("gemma") else 0.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 and "norm" in name:
-                parameter.fill_(0.0 if architecture.startswith("gemma") else 1.0)
-            elif parameter.ndim >= 2:
-                parameter.normal_(0, 0.1)
-        for index, layer in enumerate(model.model.layers):
-            if index < NUM_LAYERS // 2:
-                continue
-            for name, parameter in layer.named_parameters():
-                if name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight", "down_proj")):
-                    parameter.mul_(late_scale)
-                elif name.endswith(("post_attention_layernorm.weight", "feedforward_layernorm.weight")):
-                    if architecture.startswith("olmo"):  # its norms come last in a layer
-                        parameter.fill_(late_scale)
+            if "norm" in name:
+                parameter.fill_(1.0 - norm_offset)
+            else:
+                parameter.normal_(0, _WEIGHT_STD)
+        layers = model.model.layers
+        for index, layer in enumerate(layers):
+            _scale_layer(layer, _LAYER_SCALES[index * NUM_LAYERS // len(layers)], norm_offset)
     if layerskip is not None:
         model.config.layerskip = layerskip
-    model.generation_config = transformers.GenerationConfig(
-        bos_token_id=1, eos_token_id=EOS_TOKEN_ID, pad_token_id=EOS_TOKEN_ID
-    )
+    special = {key: getattr(model.config, key) for key in ("bos_token_id", "eos_token_id")}
+    model.generation_config = transformers.GenerationConfig(**special)
     model.save_pretrained(path)
-    _save_tokenizer(path)
+    _save_tokenizer(path, model.config.vocab_size, **special)
     return path
 
 
-def _save_tokenizer(path: Path) -> None:
-    """One token a byte; the byte 0 and 1 are the special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {"<eos>": 0, "<bos>": 1} | {
-        character: index + 2 for index, character in enumerate(alphabet[: VOCAB_SIZE - 2])
-    }
+def _scale_layer(layer: torch.nn.Module, scale: float, norm_offset: float) -> None:
+    """Scale what a layer adds: by the norms after its sublayers (OLMo 2, Gemma 2) or weights."""
+    parameters = dict(layer.named_parameters())
+    norms = [p for name, p in parameters.items() if name in _NORMS_AFTER_A_SUBLAYER]
+    if len(norms) == len(_NORMS_AFTER_A_SUBLAYER):
+        for parameter in norms:
+            parameter.fill_(scale - norm_offset)
+        return
+    for name, parameter in parameters.items():
+        if name.endswith(_LAST_IN_A_SUBLAYER):
+            parameter.mul_(scale)
+
+
+def _save_tokenizer(path: Path, vocab_size: int, bos_token_id: int, eos_token_id: int) -> None:
+    """All printable ASCII characters are tokens, and pairs of letters fill up the vocabulary.
+
+    So every token is valid text by itself, and any ASCII text can be encoded.
+    """
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    characters = [
+        character
+        for byte in [10, *range(32, 127)]
+        for character, _ in byte_level.pre_tokenize_str(chr(byte))
+    ]
+    pairs = itertools.product(string.ascii_lowercase, repeat=2)
+    strings = ["<eos>", "<bos>", *characters, *("".join(pair) for pair in pairs)][:vocab_size]
+    vocab = {token: index for index, token in enumerate(strings)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = byte_level
     tokenizer.decoder = decoders.ByteLevel()
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>"
+        tokenizer_object=tokenizer,
+        bos_token=strings[bos_token_id],
+        eos_token=strings[eos_token_id],
+        pad_token=strings[0],
     ).save_pretrained(path)

@@ -1,0 +1,80 @@
+"""What `layerskip-vllm doctor` has found, and how it is printed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Report:
+    """All that the doctor found; `problems` decides the exit status.
+
+    Attributes:
+        versions: Versions by package; None where a package is missing.
+        plugin: How vLLM finds this plugin.
+        hooks: A row for each hook, with `target`, `why`, `state` and `problems`.
+        devices: The machine's CPU and CUDA devices, and the model runner that vLLM would use.
+        checkpoint: What layerskip would do with the checkpoint that was named.
+        problems: What keeps layerskip from working, one sentence or more each.
+    """
+
+    versions: dict[str, str | None] = field(default_factory=dict)
+    plugin: dict[str, str] = field(default_factory=dict)
+    hooks: list[dict[str, Any]] = field(default_factory=list)
+    devices: dict[str, Any] = field(default_factory=dict)
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def format_report(report: Report) -> str:
+    """The report as plain text in aligned columns."""
+    devices = dict(report.devices)
+    if "cuda" in devices:
+        devices["cuda"] = "\n".join(devices["cuda"]) or "none"
+    sections = [
+        ("versions", [(key, value or "not installed") for key, value in report.versions.items()]),
+        ("plugin", list(report.plugin.items())),
+        ("hooks", _hook_rows(report)),
+        ("devices", list(devices.items())),
+        ("checkpoint", _checkpoint_rows(report.checkpoint)),
+    ]
+    text = "\n\n".join(f"{title}\n{_align(rows)}" for title, rows in sections if rows)
+    if not report.problems:
+        return f"{text}\n\nno problem found"
+    problems = "\n".join("  - " + problem.replace("\n", "\n    ") for problem in report.problems)
+    return f"{text}\n\nproblems\n{problems}"
+
+
+def _hook_rows(report: Report) -> list[tuple[str, str]]:
+    rows = []
+    for hook in report.hooks:
+        lines = [hook["target"], f"  {hook['why']}", *(f"  {text}" for text in hook["problems"])]
+        rows.append((hook["state"], "\n".join(lines)))
+    return rows
+
+
+def _checkpoint_rows(checkpoint: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for key in ("model", "architecture", "layers", "draft"):
+        if key in checkpoint:
+            rows.append((key, str(checkpoint[key])))
+    for key in ("exit_layer", "num_speculative_tokens"):
+        if key in checkpoint:
+            rows.append((key, f"{checkpoint[key]}, from {checkpoint[f'{key} from']}"))
+    if "shares from" in checkpoint:
+        layers, head = checkpoint["share of layers"], checkpoint["share of head"]
+        rows.append(
+            (
+                "a draft step reads",
+                f"{layers + head:.1%} of the model's bytes (layers {layers:.1%}, head {head:.1%}), "
+                f"from {checkpoint['shares from']}",
+            )
+        )
+    return rows
+
+
+def _align(rows: list[tuple[str, str]]) -> str:
+    width = max(len(key) for key, _ in rows)
+    indent = "\n" + " " * (width + 4)
+    return "\n".join(f"  {key:<{width}}  " + value.replace("\n", indent) for key, value in rows)

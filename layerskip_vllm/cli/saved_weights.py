@@ -1,0 +1,111 @@
+"""The share of a checkpoint's bytes that a draft step reads, without loading a weight.
+
+Called by `layerskip-vllm doctor`. The shares mean what `bytes_read.share_of_bytes` says of a loaded
+model: the bytes of the first E layers and those of the head, as parts of all layers and the head.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
+_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output)\.")
+_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.")
+
+
+def find_folder(model: str) -> Path | None:
+    """The folder of a checkpoint on this machine, None if it is not (wholly) here."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (OSError, ValueError):  # not in the cache; not a name
+        return None
+
+
+def read_shares(
+    folder: Path | None, num_layers: int, exit_layer: int
+) -> tuple[float, float] | None:
+    """Add up the sizes in the headers of a folder's safetensors files.
+
+    Args:
+        folder: The checkpoint.
+        num_layers: L, the number of decoder layers; layers beyond (draft heads) do not count.
+        exit_layer: E, the number of layers that draft.
+
+    Returns:
+        The shares of the first E layers and of the head; None if the folder does not hold all
+        layers and a head in safetensors files under names known here.
+    """
+    layers, head, embedding = [0] * num_layers, 0, 0
+    for file in _weight_files(folder):
+        for name, num_bytes in _read_header(file).items():
+            if match := _LAYER.search(name):
+                if int(match[1]) < num_layers:
+                    layers[int(match[1])] += num_bytes
+            elif _HEAD.search(name):
+                head += num_bytes
+            elif _EMBEDDING.search(name):
+                embedding += num_bytes
+    head = head or embedding
+    if not all(layers) or not head:
+        return None
+    whole = sum(layers) + head
+    return sum(layers[:exit_layer]) / whole, head / whole
+
+
+def _weight_files(folder: Path | None) -> list[Path]:
+    if folder is None:
+        return []
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return sorted(folder.glob("*.safetensors"))
+    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return [folder / name for name in sorted(names) if (folder / name).exists()]
+
+
+def _read_header(file: Path) -> dict[str, int]:
+    """Sizes in bytes by tensor name.
+
+    Source: https://github.com/huggingface/safetensors#format
+    """
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return {
+        name: tensor["data_offsets"][1] - tensor["data_offsets"][0]
+        for name, tensor in header.items()
+        if name != "__metadata__"
+    }
+
+
+def estimate_shares(model_config: ModelConfig, exit_layer: int) -> tuple[float, float] | None:
+    """Estimate the shares from the config: equal layers of attention and a gated MLP.
+
+    All experts of a mixture count, as they do in a loaded model's bytes.
+
+    Returns:
+        The shares of the first E layers and of the head; None if the config does not name the MLP's
+        size as most do.
+    """
+    hidden_size, head_size = model_config.get_hidden_size(), model_config.get_head_size()
+    text_config = model_config.hf_text_config
+    num_experts = model_config.get_num_experts()
+    intermediate_size = getattr(text_config, "intermediate_size", None)
+    if num_experts:
+        intermediate_size = getattr(text_config, "moe_intermediate_size", intermediate_size)
+    if not isinstance(intermediate_size, int):
+        return None
+    num_heads = text_config.num_attention_heads + model_config.get_total_num_kv_heads()
+    attention = 2 * hidden_size * head_size * num_heads
+    layer = attention + 3 * hidden_size * intermediate_size * max(1, num_experts)
+    head = hidden_size * model_config.get_vocab_size()
+    whole = layer * model_config.get_total_num_hidden_layers() + head
+    return layer * exit_layer / whole, head / whole

@@ -1,0 +1,206 @@
+"""Layer dropout: in training, a decoder layer is skipped for some samples of the batch.
+
+Deeper layers are skipped more often, so the model learns to rely less on them. The trainer attaches
+it to a Hugging Face model's own decoder layers; in eval mode they are what they were.
+
+Source: LayerSkip, arXiv 2404.16710, section 4.1.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+DepthSchedule = Literal["exponential", "linear", "constant"]
+TimeSchedule = Literal["constant", "exponential", "decreasing"]
+
+
+@dataclass(frozen=True)
+class LayerDropoutConfig:
+    """How often each layer is skipped.
+
+    Attributes:
+        max_prob: Probability that the last layer is skipped for a sample, at a time factor of 1.
+        depth_schedule: How the probability grows with depth. "exponential" is the paper's.
+        time_schedule: How it changes over training. The paper has "constant" for continued training
+            and "exponential" for training from scratch.
+        rescale: Whether to divide a kept layer's contribution by the probability that it was kept,
+            so that its expectation is the same as in eval. Differs: the paper does not.
+        seed: Seed of the draws. It must be the same on all ranks: they must skip the same layers.
+
+    Raises:
+        ValueError: `max_prob` is not in [0, 1), or a schedule has no such name.
+    """
+
+    max_prob: float = 0.1
+    depth_schedule: DepthSchedule = "exponential"
+    time_schedule: TimeSchedule = "constant"
+    rescale: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.max_prob < 1.0:
+            raise ValueError(f"max_prob must be in [0, 1), got {self.max_prob}.")
+        for name, allowed in (
+            ("depth_schedule", get_args(DepthSchedule)),
+            ("time_schedule", get_args(TimeSchedule)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+
+
+def depth_factor(schedule: DepthSchedule, layer_idx: int, num_layers: int) -> float:
+    """Returns D(l), the share of `max_prob` that layer `layer_idx` gets.
+
+    Exponential is 2^(l / (L - 1)) - 1: 0 for the first layer, 1 for the last.
+
+    Differs: "linear", l / (L - 1), is not in the paper.
+    """
+    if schedule == "constant":
+        return 1.0
+    depth = layer_idx / max(num_layers - 1, 1)
+    return depth if schedule == "linear" else math.exp(depth * math.log(2.0)) - 1.0
+
+
+def time_factor(schedule: TimeSchedule, step: int, num_steps: int) -> float:
+    """Returns S(t), the share of `max_prob` in force at training step `step` of `num_steps`.
+
+    Exponential is 2^(t / (T - 1)) - 1: 0 at the first step, 1 at the last.
+
+    Differs: "decreasing", 1 - t / (T - 1), is not in the paper.
+    """
+    if schedule == "constant":
+        return 1.0
+    progress = min(step / max(num_steps - 1, 1), 1.0)
+    return 1.0 - progress if schedule == "decreasing" else math.exp(progress * math.log(2.0)) - 1.0
+
+
+class LayerDropout:
+    """Skips decoder layers per sample, by wrapping each layer's `forward` while attached.
+
+    What is skipped depends on the seed, the step, the micro-batch and the layer, and on nothing
+    else: ranks agree, and activation checkpointing's second forward skips what the first one did.
+
+    A layer takes its hidden states `[batch_size, seq_len, hidden_size]` as first argument and
+    returns new ones alone, as decoder layers in transformers 5 do. Any other tensor argument with
+    at least two dimensions whose first is `batch_size` (masks, position ids, rotary tables) is per
+    sample and is sliced with them.
+
+    Args:
+        layers: The model's decoder layers, all of them, in order.
+        config: How often to skip.
+        num_steps: Steps of the whole training, for the time schedule.
+    """
+
+    def __init__(
+        self, layers: Sequence[nn.Module], config: LayerDropoutConfig, num_steps: int
+    ) -> None:
+        self.config = config
+        self.num_steps = num_steps
+        self._layers = list(layers)
+        self._step = 0
+        self._micro_batch = 0
+        self._is_attached = False
+
+    def attach(self) -> "LayerDropout":
+        """Wraps the layers.
+
+        Returns:
+            Itself.
+
+        Raises:
+            RuntimeError: It is attached already.
+        """
+        if self._is_attached:
+            raise RuntimeError("LayerDropout is attached already.")
+        for layer_idx, layer in enumerate(self._layers):
+            layer.forward = self._wrap(layer, layer_idx, layer.forward)
+        self._is_attached = True
+        return self
+
+    def detach(self) -> None:
+        """Gives the layers their own `forward` back."""
+        if self._is_attached:
+            for layer in self._layers:
+                del layer.forward
+        self._is_attached = False
+
+    def set_step(self, step: int, micro_batch: int = 0) -> None:
+        """Says which step's draws the coming forward passes use.
+
+        Args:
+            step: The training step, from 0.
+            micro_batch: Which of the step's forward passes this is, if gradients are accumulated.
+        """
+        self._step = step
+        self._micro_batch = micro_batch
+
+    def drop_prob(self, layer_idx: int) -> float:
+        """Returns the probability that layer `layer_idx` is skipped for a sample at this step."""
+        depth = depth_factor(self.config.depth_schedule, layer_idx, len(self._layers))
+        time = time_factor(self.config.time_schedule, self._step, self.num_steps)
+        return self.config.max_prob * depth * time
+
+    def kept_samples(self, layer_idx: int, batch_size: int) -> torch.Tensor:
+        """Returns the indices of the samples that layer `layer_idx` runs, `[num_kept] int64`."""
+        generator = torch.Generator()
+        generator.manual_seed(self._draw_seed(layer_idx))
+        draws = torch.rand(batch_size, generator=generator)
+        return (draws >= self.drop_prob(layer_idx)).nonzero().flatten()
+
+    def _draw_seed(self, layer_idx: int) -> int:
+        key = f"{self.config.seed} {self._step} {self._micro_batch} {layer_idx}".encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
+
+    def _wrap(
+        self, layer: nn.Module, layer_idx: int, forward: Callable[..., torch.Tensor]
+    ) -> Callable[..., torch.Tensor]:
+        def forward_kept(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            drop_prob = self.drop_prob(layer_idx)
+            if not layer.training or drop_prob == 0.0:
+                return forward(hidden_states, *args, **kwargs)
+            batch_size = hidden_states.shape[0]
+            kept = self.kept_samples(layer_idx, batch_size).to(hidden_states.device)
+            scale = 1.0 / (1.0 - drop_prob) if self.config.rescale else 1.0
+            if len(kept) == 0:
+                return hidden_states
+            if len(kept) == batch_size and scale == 1.0:
+                return forward(hidden_states, *args, **kwargs)
+            kept_states = hidden_states.index_select(0, kept)
+            output = forward(
+                kept_states,
+                *_select_samples(args, kept, batch_size),
+                **_select_samples(kwargs, kept, batch_size),
+            )
+            if not isinstance(output, torch.Tensor):
+                raise TypeError(
+                    f"LayerDropout needs decoder layers that return hidden states alone, "
+                    f"{type(layer).__name__} returned {type(output).__name__}."
+                )
+            if scale != 1.0:
+                output = kept_states + (output - kept_states) * scale
+            return hidden_states.index_copy(0, kept, output.to(hidden_states.dtype))
+
+        return forward_kept
+
+
+def _select_samples(value: Any, kept: torch.Tensor, batch_size: int) -> Any:
+    """Returns `value` with every per-sample tensor in it, nested ones too, cut to the kept samples.
+
+    Raises:
+        ValueError: `value` has a KV cache in it, whose other samples' lengths would not match.
+    """
+    if isinstance(value, torch.Tensor):
+        is_per_sample = value.dim() >= 2 and value.shape[0] == batch_size
+        return value.index_select(0, kept) if is_per_sample else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_select_samples(item, kept, batch_size) for item in value)
+    if isinstance(value, dict):
+        if value.get("past_key_values") is not None:
+            raise ValueError("Layer dropout cannot run with a KV cache: set use_cache=False.")
+        return {key: _select_samples(item, kept, batch_size) for key, item in value.items()}
+    return value

@@ -1,0 +1,198 @@
+"""A corpus that every machine has: the source of Python's standard library.
+
+`pretrain` trains on it; the demo and the benchmark cut their prompts from its held-out part.
+Which files are held out depends on their paths alone, so every Python version has the same split.
+"""
+
+import ast
+import hashlib
+import os
+import re
+import sysconfig
+import tokenize
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+HELD_OUT_ONE_IN = 16
+
+_EXCLUDED_DIRS = frozenset(
+    {
+        "__pycache__",
+        "_bundled",
+        "dist-packages",
+        "encodings",
+        "idle_test",
+        "lib-dynload",
+        "pydoc_data",
+        "site-packages",
+        "test",
+        "tests",
+    }
+)
+"""Tests and fixtures, other people's packages, and tables of data that merely end in `.py`."""
+
+_EXCLUDED_FILES = re.compile(
+    r"config-[^/]*/|_sysconfigdata|_sysconfig_vars|html/entities\.py$|__phello__|this\.py$"
+)
+"""Files generated for one machine, and more tables."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of the corpus.
+
+    Attributes:
+        path: Its path relative to the standard library's folder, with `/` on every platform.
+        text: Its source, with Unix line ends.
+    """
+
+    path: str
+    text: str
+
+
+def stdlib_root() -> Path:
+    """Returns the folder that holds the running interpreter's standard library."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def is_corpus_path(path: str) -> bool:
+    """Returns whether the file at `path`, relative to the root, belongs to the corpus."""
+    folders = path.split("/")[:-1]
+    if not path.endswith(".py") or _EXCLUDED_DIRS.intersection(folders):
+        return False
+    return _EXCLUDED_FILES.search(path) is None
+
+
+def is_held_out(path: str) -> bool:
+    """Returns whether the file at `path`, relative to the root, is kept apart from training."""
+    digest = hashlib.sha256(path.encode()).digest()
+    return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
+
+
+def corpus_paths(root: Path | None = None) -> list[str]:
+    """Returns the paths of the corpus's files, relative to `root`, sorted.
+
+    Args:
+        root: Folder to look in; the running interpreter's standard library when None.
+
+    Returns:
+        Paths with `/` on every platform.
+    """
+    root = stdlib_root() if root is None else root
+    paths = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _EXCLUDED_DIRS]
+        relative = Path(folder).relative_to(root)
+        paths += [(relative / name).as_posix() for name in names]
+    return sorted(path for path in paths if is_corpus_path(path))
+
+
+def read_files(paths: Iterable[str], root: Path | None = None) -> list[SourceFile]:
+    """Reads files of the corpus; those that are empty or do not decode are left out.
+
+    Args:
+        paths: Paths relative to `root`.
+        root: Folder to read; the running interpreter's standard library when None.
+
+    Returns:
+        Files in the order of `paths`.
+    """
+    root = stdlib_root() if root is None else root
+    files = []
+    for path in paths:
+        try:
+            with tokenize.open(root / path) as file:
+                text = file.read()
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        if text.strip():
+            files.append(SourceFile(path, text))
+    return files
+
+
+def train_files(root: Path | None = None) -> list[SourceFile]:
+    """Returns the files to train on, about 95 % of the corpus, in the order of their paths."""
+    return read_files([path for path in corpus_paths(root) if not is_held_out(path)], root)
+
+
+def held_out_files(root: Path | None = None) -> list[SourceFile]:
+    """Returns the files kept apart, about 5 % of the corpus, in the order of their paths."""
+    return read_files([path for path in corpus_paths(root) if is_held_out(path)], root)
+
+
+def corpus_sha256(files: Iterable[SourceFile]) -> str:
+    """Returns one hex digest over the files' paths and texts, in the order given."""
+    digest = hashlib.sha256()
+    for file in files:
+        for part in (file.path, file.text):
+            encoded = part.encode()
+            digest.update(len(encoded).to_bytes(8, "big") + encoded)
+    return digest.hexdigest()
+
+
+def held_out_prompts(
+    num_prompts: int, max_prompt_chars: int = 800, root: Path | None = None
+) -> list[str]:
+    """Returns prompts cut from held-out code where a function's body is about to begin.
+
+    A prompt ends with a function's header, or with its docstring where it has one: a completion is
+    the function's body. It ends before the line break, since a tokenizer joins that and the next
+    line's indentation into one token. The functions are spread evenly over the files.
+
+    Args:
+        num_prompts: How many to return.
+        max_prompt_chars: Limit of a prompt's length; it starts at the first whole line within.
+        root: Folder to read; the running interpreter's standard library when None.
+
+    Returns:
+        `num_prompts` prompts, in the order of the files' paths.
+
+    Raises:
+        ValueError: `num_prompts` is not positive, or the held-out files have fewer places to cut.
+    """
+    if num_prompts < 1:
+        raise ValueError(f"num_prompts must be at least 1, got {num_prompts}.")
+    places = [
+        (file, offset)
+        for file in held_out_files(root)
+        for offset in _function_body_offsets(file.text)
+        if offset >= max_prompt_chars // 4
+    ]
+    if len(places) < num_prompts:
+        raise ValueError(
+            f"num_prompts must be at most {len(places)}, the places to cut in the held-out files, "
+            f"got {num_prompts}."
+        )
+    chosen = [places[i * len(places) // num_prompts] for i in range(num_prompts)]
+    return [_cut_prompt(file.text, offset, max_prompt_chars) for file, offset in chosen]
+
+
+def _function_body_offsets(text: str) -> list[int]:
+    """Returns where each function's header and docstring end, the offset of the line break."""
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return []
+    line_starts = [0]
+    for line in text.split("\n"):
+        line_starts.append(line_starts[-1] + len(line) + 1)
+    offsets = []
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        first = node.body[0]
+        if ast.get_docstring(node, clean=False) is not None:
+            if len(node.body) > 1:
+                offsets.append(line_starts[first.end_lineno or first.lineno] - 1)
+        elif first.lineno > node.lineno:
+            offsets.append(line_starts[first.lineno - 1] - 1)
+    return sorted(offsets)
+
+
+def _cut_prompt(text: str, offset: int, max_prompt_chars: int) -> str:
+    start = max(0, offset - max_prompt_chars)
+    if start > 0:
+        line_break = text.find("\n", start - 1, offset - 1)
+        start = line_break + 1 if line_break >= 0 else start
+    return text[start:offset].rstrip()

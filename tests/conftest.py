@@ -1,0 +1,45 @@
+"""Fixtures that more than one folder of tests uses; nothing here imports vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.checkpoints import make_checkpoint
+from tests.support.engines import Engines, Runner
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A tiny random checkpoint, made once a session for each set of `make_checkpoint` arguments."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def make(architecture: str = "llama", **arguments: Any) -> Path:
+        name = "-".join([architecture, *(f"{k}={v}" for k, v in sorted(arguments.items()))])
+        return make_checkpoint(root / name.replace("/", "_"), architecture, **arguments)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def engines(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engines]:
+    """The processes that run engines, one for each model runner, started when first used."""
+    expected = {
+        item.callspec.params["runner"]
+        for item in request.session.items
+        if "runner" in getattr(getattr(item, "callspec", None), "params", {})
+    }
+    engines = Engines(tmp_path_factory.mktemp("engines"), sorted(expected))
+    yield engines
+    engines.stop()
+
+
+@pytest.fixture(scope="session", params=["v1", "v2"])
+def runner(request: pytest.FixtureRequest, engines: Engines) -> Runner:
+    """Each of vLLM's model runners; pytest runs all tests of one before those of the other."""
+    return Runner(request.param, engines)

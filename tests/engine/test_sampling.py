@@ -1,0 +1,138 @@
+"""Sampled tokens keep the target's distribution, whatever the drafts are.
+
+The prompt is sampled from many times, with plain vLLM twice and with drafts, and two samples are
+compared by a chi-square test on pairs of neighbouring tokens (`tests.support.statistics`).
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.support.checks import assert_some_accepted_some_refused
+from tests.support.scenarios import Request, Scenario, layerskip, tokens
+from tests.support.statistics import compare
+
+pytestmark = pytest.mark.engine
+
+# The probability that one comparison calls two samples of one distribution different.
+FALSE_ALARM = 1e-6
+VOCAB_SIZE = 24
+# One token more than a block of the KV cache: once cached, it looks like a decode to the scheduler.
+PROMPT = tokens(33, vocab_size=VOCAB_SIZE)
+SAMPLE_SIZE = {"v1": 2000, "v1-triton": 2000, "v2": 500}
+
+
+@pytest.fixture(params=["v1-triton", "v2"])
+def name(request) -> str:
+    """V1 with the kernels that it has on a GPU, and V2."""
+    return request.param
+
+
+@pytest.fixture
+def scenario(checkpoint, name) -> Scenario:
+    params = {"temperature": 1.0, "max_tokens": 6}
+    return Scenario(
+        str(checkpoint(vocab_size=VOCAB_SIZE)),
+        (Request(PROMPT, params),) * SAMPLE_SIZE[name],
+        None,
+        {"max_num_seqs": 64, "seed": 1},
+    )
+
+
+def sample(report):
+    return [token_ids for (token_ids,) in report.token_ids]
+
+
+def plain_samples(engines, name, scenario):
+    engine = scenario.engine | {"seed": 2}
+    return map(sample, engines.serve(name, scenario, replace(scenario, engine=engine)))
+
+
+@pytest.mark.parametrize("is_cached", [False, True], ids=["", "cached"])
+@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+def test_distribution_is_the_targets_when_drafts_are(engines, name, scenario, method, is_cached):
+    """Neither plain samples differ, nor drafted ones from both plain ones together.
+
+    False alarms: each of the two comparisons raises one with probability 1e-6, so the test fails
+    by chance once in 500,000 runs.
+    """
+    one, other = plain_samples(engines, name, scenario)
+    assert compare(one, other).p_value > FALSE_ALARM
+    engine = scenario.engine | {"seed": 3, "enable_prefix_caching": is_cached}
+    speculative = layerskip(2, 3, draft_sample_method=method)
+    drafting = replace(scenario, engine=engine, speculative=speculative)
+    (drafted,) = engines.serve(name, drafting)
+    assert_some_accepted_some_refused(drafted)
+    if is_cached:
+        assert sum(step.num_padded for step in drafted.steps) > SAMPLE_SIZE[name] / 2
+    result = compare(sample(drafted), [*one, *other])
+    assert result.p_value > FALSE_ALARM, result
+
+
+def test_distribution_is_the_targets_when_verification_is_by_block(engines, scenario):
+    """Only V2 has block verification. Fails by chance once in a million runs."""
+    one, other = plain_samples(engines, "v2", scenario)
+    speculative = layerskip(
+        2, 3, draft_sample_method="probabilistic", rejection_sample_method="block"
+    )
+    (drafted,) = engines.serve("v2", replace(scenario, speculative=speculative))
+    assert_some_accepted_some_refused(drafted)
+    assert compare(sample(drafted), [*one, *other]).p_value > FALSE_ALARM
+
+
+@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+def test_comparison_fails_when_drafts_are_accepted_unconditionally(engines, name, scenario, method):
+    """The comparisons above can fail: here every draft is accepted, and they do."""
+    one, other = plain_samples(engines, name, scenario)
+    speculative = layerskip(
+        2,
+        3,
+        draft_sample_method=method,
+        rejection_sample_method="synthetic",
+        synthetic_acceptance_rates=[1.0, 1.0, 1.0],
+    )
+    (drafted,) = engines.serve(name, replace(scenario, speculative=speculative))
+    assert drafted.num_accepted == drafted.num_draft_tokens
+    result = compare(sample(drafted), [*one, *other])
+    assert result.p_value < FALSE_ALARM / 1e6
+    assert result.distance > 3 * compare(one, other).distance
+
+
+@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+def test_greedy_tokens_equal_plain_when_others_are_sampled(engines, name, checkpoint, method):
+    """Greedy requests in a batch with sampled ones, with other temperatures and top-k and top-p."""
+    sampled = (
+        {"temperature": 1.0},
+        {"temperature": 0.5, "top_k": 10},
+        {"temperature": 2.0, "top_p": 0.8},
+    )
+    requests = tuple(
+        Request(tokens(10 + index), {"max_tokens": 10, **params}, joins_at=index)
+        for index, params in enumerate(({}, sampled[0], {}, *sampled[1:], {}))
+    )
+    speculative = layerskip(4, 3, draft_sample_method=method)
+    scenario = Scenario(str(checkpoint()), requests, speculative)
+    plain, drafted = engines.serve(name, scenario.plain(), scenario)
+    greedy = [index for index, request in enumerate(requests) if not request.params.get("top_k")]
+    greedy = [index for index in greedy if "temperature" not in requests[index].params]
+    assert len(greedy) == 3
+    for index in greedy:
+        assert drafted.token_ids[index] == plain.token_ids[index]
+    assert_some_accepted_some_refused(drafted)
+
+
+@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+def test_samples_repeat_when_requests_have_seeds(engines, name, checkpoint, method):
+    requests = tuple(
+        Request(tokens(10, i), {"temperature": 1.0, "max_tokens": 8, "seed": i, "n": 1 + i % 2})
+        for i in range(4)
+    )
+    speculative = layerskip(2, 3, draft_sample_method=method)
+    scenario = Scenario(str(checkpoint()), requests, speculative, {"seed": 1})
+    again = replace(scenario, engine={"seed": 2})
+    first, second = engines.serve(name, scenario, again)
+    assert first.token_ids == second.token_ids
+    assert first.counts == second.counts
+    other = tuple(replace(r, params={**r.params, "seed": 99 + i}) for i, r in enumerate(requests))
+    (third,) = engines.serve(name, replace(scenario, requests=other))
+    assert third.token_ids != first.token_ids

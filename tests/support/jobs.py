@@ -1,0 +1,217 @@
+"""What runs in the child processes of `engine_process`: engines, made and ended within a job."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+from vllm import LLM, SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+from tests.support.scenarios import GREEDY, Completion, Output, Report, Request, Scenario, Step
+
+_ENGINE: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 256,
+    "max_num_seqs": 8,
+    "block_size": 32,  # the least that CPU attention takes
+    "kv_cache_memory_bytes": 1 << 24,
+    "enforce_eager": True,
+    "enable_prefix_caching": False,
+    "disable_log_stats": False,
+    "seed": 0,
+}
+
+
+def serve(scenario: Scenario) -> Report:
+    """Serve a scenario's requests with a new engine."""
+    with engine(scenario) as llm:
+        return Server(llm, scenario).run()
+
+
+@contextlib.contextmanager
+def engine(scenario: Scenario) -> Iterator[LLM]:
+    """A new engine for a scenario."""
+    with _async_scheduling() if scenario.is_async else contextlib.nullcontext():
+        llm = LLM(
+            model=scenario.model,
+            speculative_config=scenario.speculative and dict(scenario.speculative),
+            **{**_ENGINE, **scenario.engine},
+        )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+@contextlib.contextmanager
+def _async_scheduling() -> Iterator[None]:
+    """Keep asynchronous scheduling as vLLM resolves it; the CPU platform always ends it."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.__dict__["check_and_update_config"]
+
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:
+        is_async = vllm_config.scheduler_config.async_scheduling
+        original.__func__(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = is_async
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+    try:
+        yield
+    finally:
+        CpuPlatform.check_and_update_config = original
+
+
+class Server:
+    """Feeds a scenario's requests to an engine and steps it."""
+
+    def __init__(self, llm: LLM, scenario: Scenario):
+        self.llm = llm
+        self.engine = llm.llm_engine
+        self.core = self.engine.engine_core.engine_core
+        self.requests = scenario.requests
+        self.outputs: dict[int, Output] = {}
+        self.aborted: dict[int, tuple[int, ...]] = {}
+        self.steps: list[Step] = []
+        self._record_steps()
+
+    def run(self) -> Report:
+        """Run all phases."""
+        for phase in sorted({request.phase for request in self.requests}):
+            self._run_phase(
+                {i: request for i, request in enumerate(self.requests) if request.phase == phase}
+            )
+        return self._report()
+
+    def _run_phase(self, waiting: dict[int, Request]) -> None:
+        step = 0
+        while waiting or self.engine.has_unfinished_requests():
+            for index in [i for i, request in waiting.items() if request.joins_at <= step]:
+                self._add(index, waiting.pop(index))
+            for output in self.engine.step():
+                self._receive(output)
+            step += 1
+
+    def _add(self, index: int, request: Request) -> None:
+        kind = (
+            RequestOutputKind.FINAL_ONLY
+            if request.aborts_after is None
+            else RequestOutputKind.CUMULATIVE
+        )
+        params = SamplingParams(**{**GREEDY, **request.params}, output_kind=kind)
+        self.engine.add_request(
+            str(index),
+            {"prompt_token_ids": list(request.prompt)},
+            params,
+            priority=request.priority,
+        )
+
+    def _receive(self, output: Any) -> None:
+        index = int(output.request_id)
+        limit = self.requests[index].aborts_after
+        if limit is not None and not output.finished:
+            token_ids = output.outputs[0].token_ids
+            if len(token_ids) >= limit:
+                self.aborted[index] = tuple(token_ids)
+                self.engine.abort_request([output.request_id])
+        elif output.finished:
+            self.outputs[index] = _convert(output)
+
+    def _record_steps(self) -> None:
+        scheduler = self.core.scheduler
+        schedule = scheduler.schedule
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            before = {
+                req_id: request.num_computed_tokens
+                for req_id, request in scheduler.requests.items()
+            }
+            output = schedule(*args, **kwargs)
+            drafts = output.scheduled_spec_decode_tokens
+            is_async = scheduler.scheduler_config.async_scheduling
+            self.steps.append(
+                Step(
+                    num_requests=len(output.num_scheduled_tokens),
+                    num_tokens=output.total_num_scheduled_tokens,
+                    num_mid_prompt=sum(
+                        scheduler.requests[req_id].is_prefill_chunk
+                        for req_id in output.num_scheduled_tokens
+                    ),
+                    num_drafts=len(drafts),
+                    num_padded=sum(
+                        before[req_id] < scheduler.requests[req_id].num_prompt_tokens
+                        if is_async
+                        else token_ids[0] == -1
+                        for req_id, token_ids in drafts.items()
+                    ),
+                    draft_lens=tuple(len(token_ids) for token_ids in drafts.values()),
+                )
+            )
+            return output
+
+        scheduler.schedule = recorded
+
+    def _report(self) -> Report:
+        metrics = {
+            metric.name.removeprefix("vllm:"): getattr(
+                metric, "value", getattr(metric, "values", 0)
+            )
+            for metric in self.llm.get_metrics()
+            if "spec_decode" in metric.name or "preemptions" in metric.name
+        }
+        runner = self.core.model_executor.driver_worker.worker.model_runner
+        drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+        scheduler = self.core.scheduler
+        return Report(
+            outputs=tuple(self.outputs.get(i) for i in range(len(self.requests))),
+            aborted_token_ids=self.aborted,
+            steps=tuple(self.steps),
+            num_drafts=metrics.get("spec_decode_num_drafts", 0),
+            num_draft_tokens=metrics.get("spec_decode_num_draft_tokens", 0),
+            num_accepted=metrics.get("spec_decode_num_accepted_tokens", 0),
+            num_accepted_per_pos=tuple(metrics.get("spec_decode_num_accepted_tokens_per_pos", ())),
+            num_preemptions=metrics["num_preemptions"],
+            num_blocks=scheduler.kv_cache_manager.block_pool.num_gpu_blocks,
+            layers_by_group=tuple(
+                tuple(group.layer_names) for group in scheduler.kv_cache_config.kv_cache_groups
+            ),
+            drafter=type(drafter).__name__ if drafter is not None else None,
+            runner="v2" if "worker.gpu.model_runner" in str(type(runner).__mro__) else "v1",
+            is_async=scheduler.scheduler_config.async_scheduling,
+        )
+
+
+def _convert(output: Any) -> Output:
+    return Output(
+        completions=tuple(
+            Completion(
+                token_ids=tuple(completion.token_ids),
+                text=completion.text,
+                finish_reason=completion.finish_reason,
+                stop_reason=completion.stop_reason,
+                logprobs=_convert_logprobs(completion.logprobs),
+                spec_decode=_convert_metrics(completion.spec_decode_metrics),
+            )
+            for completion in sorted(output.outputs, key=lambda completion: completion.index)
+        ),
+        prompt_logprobs=_convert_logprobs(output.prompt_logprobs),
+        num_cached_tokens=output.num_cached_tokens,
+    )
+
+
+def _convert_logprobs(logprobs: Any) -> Any:
+    return logprobs and tuple(
+        position and {token_id: logprob.logprob for token_id, logprob in position.items()}
+        for position in logprobs
+    )
+
+
+def _convert_metrics(metrics: Any) -> dict[str, Any] | None:
+    if metrics is None:
+        return None
+    return metrics.to_dict() if hasattr(metrics, "to_dict") else vars(metrics)

@@ -1,0 +1,71 @@
+"""Do two samples of token sequences come from one distribution? A chi-square test."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+Tokens = tuple[int, ...]
+
+# Cells with fewer sequences than this in both samples together are merged into one, so that the
+# statistic follows the chi-square distribution into its tail.
+MIN_CELL = 25
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two samples compared.
+
+    Attributes:
+        p_value: The probability of a difference at least as large if there is none; corrected for
+            the number of positions looked at (Bonferroni).
+        distance: The largest total variation distance between the samples over the positions.
+    """
+
+    p_value: float
+    distance: float
+
+
+def compare(left: Sequence[Tokens], right: Sequence[Tokens], window: int = 2) -> Comparison:
+    """Compare two samples of sequences by their runs of `window` tokens at each position.
+
+    Args:
+        left: Independent sequences, all of one length.
+        right: The same for the other sample.
+        window: How many tokens in a row make up a cell.
+    """
+    num_positions = len(left[0]) - window + 1
+    p_values, distances = [], []
+    for start in range(num_positions):
+        counts = [
+            Counter(tokens[start : start + window] for tokens in sample) for sample in (left, right)
+        ]
+        cells = _merge_rare(*counts)
+        p_values.append(_p_value(cells))
+        distances.append(
+            sum(abs(here / len(left) - there / len(right)) for here, there in cells) / 2
+        )
+    return Comparison(min(1.0, num_positions * min(p_values)), max(distances))
+
+
+def _merge_rare(left: Counter[Tokens], right: Counter[Tokens]) -> list[tuple[int, int]]:
+    cells, rare = [], (0, 0)
+    for key in left.keys() | right.keys():
+        pair = (left[key], right[key])
+        if sum(pair) >= MIN_CELL:
+            cells.append(pair)
+        else:
+            rare = (rare[0] + pair[0], rare[1] + pair[1])
+    return [*cells, rare] if sum(rare) else cells
+
+
+def _p_value(cells: Sequence[tuple[int, int]]) -> float:
+    num_left, num_right = (sum(column) for column in zip(*cells, strict=True))
+    ratio = math.sqrt(num_right / num_left)
+    statistic = sum((here * ratio - there / ratio) ** 2 / (here + there) for here, there in cells)
+    degrees = torch.tensor((len(cells) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(degrees, torch.tensor(statistic / 2, dtype=torch.float64)))

@@ -1,0 +1,44 @@
+"""Runs in a child of `engine_process`: the target's weights change while its engine runs."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from tests.support.jobs import Server, engine
+from tests.support.scenarios import Report, Scenario
+
+
+def serve_with_new_weights(scenario: Scenario, change: str) -> Report:
+    """Serve a scenario whose second phase begins with changed weights.
+
+    Args:
+        scenario: Its second phase starts after the change.
+        change: "weights" to change parameters where they are, "module" to put a changed copy of a
+            layer in the place of the old, as adapters do.
+    """
+    with engine(scenario) as llm:
+        server = Server(llm, scenario)
+        runner = server.core.model_executor.driver_worker.worker.model_runner
+        run_phase = server._run_phase
+
+        def run_phase_after_change(waiting: dict) -> None:
+            if any(request.phase == 1 for request in waiting.values()):
+                _change(runner.model.model.layers, change)
+            run_phase(waiting)
+
+        server._run_phase = run_phase_after_change
+        return server.run()
+
+
+@torch.inference_mode()
+def _change(layers: torch.nn.ModuleList, change: str) -> None:
+    generator = torch.Generator().manual_seed(7)
+    for index in (0, 3):
+        layer = layers[index]
+        if change == "module":
+            norm = copy.deepcopy(layer.input_layernorm)
+            layer.input_layernorm = norm
+        noise = torch.rand(layer.input_layernorm.weight.shape, generator=generator)
+        layer.input_layernorm.weight.copy_(2 * noise)
