@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,8 @@ class Measurement:
     Attributes:
         tokens_per_s: Tokens after each request's first, by the time from the first to the last.
         prefill_s: Time to the first token.
+        cpu_s: What the calling process used of the CPU in the round, prefill included: other
+            programs disturb it less than they disturb a clock.
         num_rounds: Draft-and-verify rounds, summed over the requests.
         num_drafted: Drafted tokens.
         num_accepted: Accepted ones among them.
@@ -64,6 +67,7 @@ class Measurement:
 
     tokens_per_s: float
     prefill_s: float
+    cpu_s: float
     num_rounds: int
     num_drafted: int
     num_accepted: int
@@ -123,18 +127,19 @@ def _run_round(
     sampling = SamplingParams(
         temperature=temperature, max_tokens=max_tokens, ignore_eos=True, detokenize=False, seed=0
     )
-    before = _read_counters(llm)
+    before, cpu_s = _read_counters(llm), time.process_time()
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False
     )
-    after = _read_counters(llm)
+    after, cpu_s = _read_counters(llm), time.process_time() - cpu_s
     times = [output.metrics for output in outputs]
-    start = min(time.first_token_ts for time in times)
-    end = max(time.last_token_ts for time in times)
+    start = min(stamps.first_token_ts for stamps in times)
+    end = max(stamps.last_token_ts for stamps in times)
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
     return Measurement(
         tokens_per_s=sum(len(text) - 1 for text in tokens) / (end - start),
-        prefill_s=start - min(time.queued_ts for time in times),
+        prefill_s=start - min(stamps.queued_ts for stamps in times),
+        cpu_s=cpu_s,
         num_rounds=after[ROUNDS_METRIC] - before[ROUNDS_METRIC],
         num_drafted=after[DRAFTED_METRIC] - before[DRAFTED_METRIC],
         num_accepted=after[ACCEPTED_METRIC] - before[ACCEPTED_METRIC],

@@ -26,7 +26,7 @@ HookState = Literal["not installed", "armed", "applied", "refused"]
 
 
 class HookError(RuntimeError):
-    """vLLM is not the one that the hooks were written for; nothing was changed."""
+    """vLLM is not the one that the hooks were written for."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,14 @@ def install(hooks: Sequence[Hook]) -> None:
         for hook in pending:
             _states[hook.target] = "refused"
         raise HookError(_explain(problems))
-    for hook in pending:
-        _arm(hook)
+    for module in dict.fromkeys(hook.module for hook in pending):
+        _arm(module, [hook for hook in pending if hook.module == module])
 
 
-def _arm(hook: Hook) -> None:
-    _states[hook.target] = "armed"
-    wrapt.when_imported(hook.module)(lambda module: _apply(hook, module))
+def _arm(module: str, hooks: Sequence[Hook]) -> None:
+    for hook in hooks:
+        _states[hook.target] = "armed"
+    wrapt.when_imported(module)(lambda imported: _apply(hooks, imported))
 
 
 def check(hook: Hook) -> list[str]:
@@ -162,17 +163,21 @@ def _definitions(module: str) -> dict[str, str] | None:
     return digests
 
 
-def _apply(hook: Hook, module: ModuleType) -> None:
-    problems = _check_live(hook, module)
+def _apply(hooks: Sequence[Hook], module: ModuleType) -> None:
+    """Apply the hooks on a module that has just been imported: all of them or none."""
+    hooks = [hook for hook in hooks if hook_state(hook) != "applied"]
+    problems = [problem for hook in hooks for problem in _check_live(hook, module)]
     if problems:
         # The import fails; without the module in place, arming waits for the next one.
-        sys.modules.pop(hook.module, None)
-        _arm(hook)
-        _states[hook.target] = "refused"
+        sys.modules.pop(module.__name__, None)
+        _arm(module.__name__, hooks)
+        for hook in hooks:
+            _states[hook.target] = "refused"
         raise HookError(_explain(problems))
-    owner, attribute = _owner_of(hook, module)
-    setattr(owner, attribute, hook.replace(vars(owner).get(attribute)))
-    _states[hook.target] = "applied"
+    for hook in hooks:
+        owner, attribute = _owner_of(hook, module)
+        setattr(owner, attribute, hook.replace(vars(owner).get(attribute)))
+        _states[hook.target] = "applied"
 
 
 def _owner_of(hook: Hook, module: ModuleType) -> tuple[Any, str]:
@@ -221,7 +226,7 @@ def _describe(attribute: Any) -> str:
 
 def _explain(problems: Sequence[str]) -> str:
     return (
-        "layerskip-vllm cannot hook into this vLLM, and has changed nothing:\n  - "
+        "layerskip-vllm cannot hook into this vLLM:\n  - "
         + "\n  - ".join(problems)
         + f"\nInstall vllm=={SUPPORTED_VLLM_VERSIONS[-1]} unmodified, or a layerskip-vllm made for "
         "this vLLM; to run without layerskip, uninstall layerskip-vllm or leave it out of "

@@ -30,7 +30,8 @@ REGISTRY = "vllm.v1.spec_decode.registry"
 def register() -> None:
     """Make `layerskip` a speculative method of vLLM in this process; repeating it does nothing.
 
-    A vLLM with `patches/vllm-*.diff` has a registry of speculative methods, and nothing is hooked.
+    A vLLM with `patches/vllm-*.diff` has a registry of speculative methods, and only `MENDS` are
+    hooked there.
 
     Raises:
         HookError: If this vLLM is not one that the hooks were written for.
@@ -41,6 +42,7 @@ def register() -> None:
     if importlib.util.find_spec(REGISTRY) is None:
         install(HOOKS)
     else:
+        install(MENDS)
         _register_method()
 
 
@@ -186,7 +188,7 @@ _V2_GRAPHS = (
     "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils:SpeculatorCudaGraphManager"
 )
 
-HOOKS = (
+METHOD_HOOKS = (
     Hook(
         target=f"{_ARGS}.create_speculative_config",
         replace=_hook_create_speculative_config,
@@ -236,6 +238,10 @@ HOOKS = (
         },
         why="Model Runner V2 drafts with a LayerSkipSpeculator",
     ),
+)
+
+# What is wrong in vLLM itself and would make drafts wrong.
+MENDS = (
     Hook(
         target="vllm.utils.cpu_triton_utils:_expand_kernel_impl",
         replace=_hook_expand,
@@ -243,3 +249,5 @@ HOOKS = (
         why="on the CPU, sampling with drafts reads each request's temperature, not stray memory",
     ),
 )
+
+HOOKS = METHOD_HOOKS + MENDS

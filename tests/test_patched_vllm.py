@@ -1,4 +1,4 @@
-"""A vLLM with `patches/vllm-*.diff` runs layerskip through its registry, with no hook at all."""
+"""A vLLM with `patches/vllm-*.diff` runs layerskip through its registry, not through hooks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from layerskip_vllm.hooks import hook_state
-from layerskip_vllm.plugin import HOOKS, register
+from layerskip_vllm.plugin import MENDS, METHOD_HOOKS, register
 
 model = sys.argv[1]
 sizes = dict(dtype="float32", max_model_len=128, max_num_seqs=4, kv_cache_memory_bytes=1 << 24)
@@ -35,7 +35,8 @@ greedy = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 
 def run(**kwargs):
     llm = LLM(model, enforce_eager=True, disable_log_stats=False, **sizes, **kwargs)
-    tokens = [output.outputs[0].token_ids for output in llm.generate(prompts, greedy, use_tqdm=False)]
+    outputs = llm.generate(prompts, greedy, use_tqdm=False)
+    tokens = [output.outputs[0].token_ids for output in outputs]
     metrics = {m.name: m.value for m in llm.get_metrics() if m.name.endswith("num_accepted_tokens")}
     return tokens, sum(metrics.values())
 
@@ -48,7 +49,8 @@ plain, _ = run()
 drafted, num_accepted = run(speculative_config={"method": "layerskip", "exit_layer": 4})
 print("result:" + json.dumps({
     "is_patched": vllm.__file__.startswith(sys.argv[2]),
-    "hooks": sorted({hook_state(hook) for hook in HOOKS}),
+    "method_hooks": sorted({hook_state(hook) for hook in METHOD_HOOKS}),
+    "mends": sorted({hook_state(hook) for hook in MENDS}),
     "exit_layer": from_flags.create_engine_config().speculative_config.exit_layer,
     "is_equal": plain == drafted,
     "num_accepted": num_accepted,
@@ -77,12 +79,13 @@ def patched_site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 
 @pytest.mark.engine
-def test_registry_serves_layerskip_without_hooks_when_vllm_is_patched(
+def test_registry_serves_layerskip_without_method_hooks_when_vllm_is_patched(
     patched_site: Path, checkpoint: Callable[..., Path]
 ) -> None:
     result = _run_script(patched_site, checkpoint("llama"))
     assert result["is_patched"]
-    assert result["hooks"] == ["not installed"]
+    assert result["method_hooks"] == ["not installed"]
+    assert result["mends"] == ["applied"]
     assert result["exit_layer"] == 3
     assert result["is_equal"]
     assert result["num_accepted"] > 0

@@ -54,16 +54,16 @@ python -m layerskip_vllm.training.pretrain --out {out}
 ```
 
 One CPU thread, {num_training_tokens:,} tokens in {num_steps:,} steps: {training_cpu_seconds:,} CPU
-seconds ({training_seconds:,} seconds on a shared machine), in torch {torch}'s bfloat16 autocast; the
-weights are float32. The same machine and library versions give the same weights again.
+seconds ({training_seconds:,} seconds on a shared machine), in bfloat16 autocast with torch {torch};
+the weights are float32. The same machine and library versions give the same weights again.
 
-- Early exit loss: exits {min_exit_layer} to {num_layers}, each at e_scale {e_scale} against 1 for
-  the last layer, rotating with R = {rotation}, the last layer always on. Differs from
-  [the paper](https://arxiv.org/abs/2404.16710): its e(l) gives an early exit too small a share for
-  so few tokens.
+- Early exit loss: exits {min_exit_layer} to {exit_layer} and every multiple of {exit_interval}
+  above, each at e_scale {e_scale} against 1 for the last layer, rotating with R = {rotation}, the
+  last layer always on. Differs from [the paper](https://arxiv.org/abs/2404.16710): its e(l) gives
+  an early exit too small a share for so few tokens.
 - Layer dropout: per sample, exponential over depth to {max_drop_prob}, exponential over time.
 - In the first {num_growth_steps:,} steps only the first {num_first_layers} layers run; the others
-  then join as identities. This saves time, and the plain run below does the same.
+  then join as copies of them. This saves time, and the plain run below does the same.
 
 ## Results
 

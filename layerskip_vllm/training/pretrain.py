@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from layerskip_vllm.training import stdlib_corpus
 from layerskip_vllm.training.early_exit_loss import (
@@ -49,7 +50,8 @@ class PretrainConfig:
         num_steps: Optimizer steps.
         num_growth_steps: Steps, the first ones, in which only the first `num_first_layers` layers
             run. A deep narrow model learns slowly at first, and a shallow one costs less a step.
-            The other layers join as identities: what ends their residual branches starts at zero.
+            Then the others join, as copies of the first ones.
+        growth_scale: What the copies' contributions to the residual stream are scaled by.
         num_first_layers: Layers that run from the start.
         tokens_per_step: Tokens of a batch.
         seq_len: Tokens of a sequence.
@@ -67,23 +69,25 @@ class PretrainConfig:
         max_drop_prob: Layer dropout's largest probability.
         e_scale: Weight of an exit's loss, where the last layer's is 1.
         rotation: R, the steps until an exit's loss is on again.
-        min_exit_layer: The smallest E that has a loss.
+        min_exit_layer: The smallest E that has a loss. From there to `exit_layer` each has one.
+        exit_interval: Beyond `exit_layer`, E has a loss if it is a multiple of this.
         exit_layer: E that the checkpoint is to be drafted with.
         num_speculative_tokens: K that it is to be drafted with.
     """
 
     recipe: bool = True
     seed: int = 0
-    num_steps: int = 2800
-    num_growth_steps: int = 2400
+    num_steps: int = 1700
+    num_growth_steps: int = 500
+    growth_scale: float = 0.3
     num_first_layers: int = 6
     tokens_per_step: int = 2048
     seq_len: int = 256
     long_seq_len: int = 1024
-    num_long_steps: int = 50
-    learning_rate: float = 4e-3
+    num_long_steps: int = 40
+    learning_rate: float = 3e-3
     num_warmup_steps: int = 60
-    num_decay_steps: int = 400
+    num_decay_steps: int = 800
     weight_decay: float = 0.1
     vocab_size: int = 2048
     num_layers: int = 24
@@ -91,10 +95,11 @@ class PretrainConfig:
     intermediate_size: int = 384
     num_heads: int = 2
     max_drop_prob: float = 0.1
-    e_scale: float = 0.5
-    rotation: int = 6
+    e_scale: float = 1.0
+    rotation: int = 4
     min_exit_layer: int = 3
-    exit_layer: int = 4
+    exit_interval: int = 3
+    exit_layer: int = 6
     num_speculative_tokens: int = 4
 
 
@@ -132,10 +137,7 @@ def encode_files(
 
 
 def build_model(config: PretrainConfig, eos_token_id: int) -> LlamaForCausalLM:
-    """Returns a Llama with random weights.
-
-    Matrices that end a residual branch start smaller, and at zero in layers that join later.
-    """
+    """Returns a Llama with random weights; matrices that end a residual branch start smaller."""
     torch.manual_seed(config.seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -155,12 +157,25 @@ def build_model(config: PretrainConfig, eos_token_id: int) -> LlamaForCausalLM:
         )
     )
     with torch.no_grad():
-        for layer_idx, layer in enumerate(model.model.layers):
-            is_first = layer_idx < config.num_first_layers
-            scale = (2 * config.num_first_layers) ** -0.5 if is_first else 0.0
-            layer.self_attn.o_proj.weight.mul_(scale)
-            layer.mlp.down_proj.weight.mul_(scale)
+        for layer in model.model.layers:
+            scale_contribution(layer, (2 * config.num_first_layers) ** -0.5)
     return model
+
+
+@torch.no_grad()
+def scale_contribution(layer: LlamaDecoderLayer, scale: float) -> None:
+    """Scales what a layer adds to the residual stream, in place."""
+    layer.self_attn.o_proj.weight.mul_(scale)
+    layer.mlp.down_proj.weight.mul_(scale)
+
+
+def grow(model: LlamaForCausalLM, config: PretrainConfig) -> None:
+    """Makes every layer after the first ones a copy of one of them, in turn, and lets all run."""
+    layers = model.model.layers
+    for layer_idx in range(config.num_first_layers, config.num_layers):
+        layers[layer_idx].load_state_dict(layers[layer_idx % config.num_first_layers].state_dict())
+        scale_contribution(layers[layer_idx], config.growth_scale)
+    model.config.num_hidden_layers = config.num_layers
 
 
 def iter_batches(
@@ -214,11 +229,16 @@ def make_early_exit_loss(
 
     Without the recipe it is the last layer's loss alone, through the same code.
     """
+    exits = [
+        exit_layer
+        for exit_layer in range(config.min_exit_layer, num_layers)
+        if exit_layer <= config.exit_layer or exit_layer % config.exit_interval == 0
+    ]
     return EarlyExitLoss(
         parts,
         exit_scales(num_layers, config.e_scale if config.recipe else 0.0, "flat"),
         RotationalCurriculum(num_layers, config.rotation),
-        exit_layers=range(config.min_exit_layer - 1, num_layers),
+        exit_layers=[exit_layer - 1 for exit_layer in exits],
     )
 
 
@@ -239,8 +259,8 @@ def train(model: LlamaForCausalLM, token_ids: torch.Tensor, config: PretrainConf
     progress = tqdm(range(config.num_steps), desc="recipe" if config.recipe else "plain")
     for step in progress:
         if step == config.num_growth_steps:
+            grow(model, config)
             early_exit_loss = make_early_exit_loss(parts, config.num_layers, config)
-            model.config.num_hidden_layers = config.num_layers
         if step == config.num_steps - config.num_long_steps:
             batches = iter_batches(
                 token_ids, config.long_seq_len, config.tokens_per_step, config.seed + 1
@@ -319,6 +339,12 @@ def save(
     }
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    # transformers 5 writes a class name that transformers 4 does not know; both know this one.
+    tokenizer_config = out / "tokenizer_config.json"
+    settings = json.loads(tokenizer_config.read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    tokenizer_config.write_text(json.dumps(settings, indent=2) + "\n")
+    (out / "model.safetensors").chmod(0o644)
     (out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -1,0 +1,127 @@
+"""`vllm serve` with layerskip's flags, over HTTP."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from layerskip_vllm.cli.saved_weights import read_shares
+from tests.serving.server import FLAGS, Server, command, environment
+
+pytestmark = pytest.mark.engine
+
+NUM_SPECULATIVE_TOKENS = 3
+
+
+@pytest.fixture(scope="module")
+def server(
+    checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A server whose drafts are made by all layers, so that none is refused when greedy."""
+    with Server(
+        tmp_path_factory.mktemp("server"),
+        str(checkpoint("llama")),
+        "--speculative-model=layerskip",
+        f"--num-speculative-tokens={NUM_SPECULATIVE_TOKENS}",
+        "--spec-exit-layer=8",
+        "--per-request-spec-decode-metrics=detailed",
+    ) as server:
+        yield server
+
+
+def test_server_accepts_every_draft_when_all_layers_draft(server: Server) -> None:
+    before = server.counters()
+    # Each step verifies three drafts and adds a token; the first token comes without drafts.
+    response = server.complete("hello", max_tokens=13, ignore_eos=True)
+    assert response["usage"]["completion_tokens"] == 13
+    assert response["metrics"]["speculative_decoding"] == {
+        "mean_acceptance_length": 4.0,
+        "draft_acceptance_rate": 1.0,
+        "acceptance_histogram": [0, 0, 0, 3],
+        "num_spec_steps": 3,
+        "num_accepted_draft_tokens": 9,
+        "num_draft_tokens": 9,
+        "num_spec_tokens": NUM_SPECULATIVE_TOKENS,
+        "per_step_accepted": [3, 3, 3],
+        "per_step_drafted": [3, 3, 3],
+    }
+    after = server.counters()
+    moved = {name: after[name] - before[name] for name in after}
+    assert moved == {
+        "num_drafts": 3,
+        "num_draft_tokens": 9,
+        "num_accepted_tokens": 9,
+        "num_accepted_tokens_per_pos[0]": 3,
+        "num_accepted_tokens_per_pos[1]": 3,
+        "num_accepted_tokens_per_pos[2]": 3,
+    }
+
+
+def test_server_refuses_some_drafts_when_sampling(server: Server) -> None:
+    before = server.counters()
+    response = server.complete("hello", max_tokens=40, ignore_eos=True, temperature=1.0, seed=1)
+    drafting = response["metrics"]["speculative_decoding"]
+    after = server.counters()
+    assert 0 < drafting["num_accepted_draft_tokens"] < drafting["num_draft_tokens"]
+    for name, key in (
+        ("num_drafts", "num_spec_steps"),
+        ("num_draft_tokens", "num_draft_tokens"),
+        ("num_accepted_tokens", "num_accepted_draft_tokens"),
+    ):
+        assert after[name] - before[name] == drafting[key]
+
+
+def test_server_gives_the_same_text_when_asked_again(server: Server) -> None:
+    texts = {
+        server.complete("the same prompt", max_tokens=24, ignore_eos=True)["choices"][0]["text"]
+        for _ in range(2)
+    }
+    assert len(texts) == 1
+
+
+def test_worker_logs_that_layerskip_is_on_when_it_drafts(
+    server: Server, checkpoint: Callable[..., Path]
+) -> None:
+    (line,) = re.findall(r"\((\w+) pid=\d+\) INFO .*\] (layerskip is on: .*)", server.log)
+    process, text = line
+    assert process != "APIServer"
+    assert "layers [0, 8) of 8 draft 3 tokens a step" in text
+    logged = re.search(r"\(layers ([\d.]+) %, head ([\d.]+) %\)", text)
+    shares = read_shares(checkpoint("llama"), num_layers=8, exit_layer=8)
+    # What the doctor reads from the files is what the worker finds in the loaded model.
+    assert [float(part) for part in logged.groups()] == pytest.approx(
+        [100 * share for share in shares], abs=0.1
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (
+            ["--speculative-model=layerskip", "--spec-exit-layer=9"],
+            ["ValueError: exit_layer is 9", "it must be between 1 and 8"],
+        ),
+        (
+            ["--spec-exit-layer=4"],
+            ["ValueError: --spec-exit-layer is 4", "add --speculative-model=layerskip"],
+        ),
+    ],
+    ids=["E > L", "no layerskip"],
+)
+def test_server_exits_with_a_clear_message_when_a_flag_is_wrong(
+    checkpoint: Callable[..., Path], tmp_path: Path, flags: list[str], parts: list[str]
+) -> None:
+    done = subprocess.run(
+        command(str(checkpoint("llama")), *flags, *FLAGS),
+        env=environment(VLLM_CACHE_ROOT=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode != 0
+    last_line = (done.stdout + done.stderr).strip().splitlines()[-1]
+    assert all(part in last_line for part in parts), last_line
