@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except (ServerError, StreamError, aiohttp.ClientError, TimeoutError, ValueError) as error:
         console.print("[bold red]error:[/]", end=" ")
-        console.print(str(error) or repr(error), markup=False, highlight=False)
+        console.print(str(error) or repr(error), markup=False, highlight=False, soft_wrap=True)
         return 2
     console.print(build_table(comparison, setting))
     write_json(args.output_dir / "demo.json", comparison, setting)

@@ -53,7 +53,7 @@ class Server:
         command: Sequence[str],
         log_path: Path,
         env: Mapping[str, str] | None = None,
-        start_timeout_s: float = 900,
+        start_timeout_s: float = 1800,
     ) -> None:
         """Prepares a server; nothing is started yet.
 

@@ -114,7 +114,7 @@ def examine_hooks(report: Report) -> None:
     """Check all hooks against vLLM's source, then install them here and import their targets."""
     has_registry = importlib.util.find_spec(plugin.REGISTRY) is not None
     report.plugin["installed by"] = (
-        f"vLLM's registry, {plugin.REGISTRY}; no hook is needed" if has_registry else "hooks"
+        f"vLLM's registry, {plugin.REGISTRY}" if has_registry else "hooks"
     )
     is_registered = True
     try:
@@ -122,9 +122,7 @@ def examine_hooks(report: Report) -> None:
     except hooks.HookError as error:
         is_registered = False
         report.problems.append(str(error))
-    if has_registry:
-        return
-    for hook in plugin.HOOKS:
+    for hook in plugin.MENDS if has_registry else plugin.HOOKS:
         problems, state = hooks.check(hook), "checked"
         if is_registered and not problems:
             problems, state = _apply(hook)

@@ -69,7 +69,7 @@ def test_registration_is_refused_each_time_when_a_target_was_patched_before(
     assert len(seen[hook.target]) == 4
     for message, states in seen[hook.target]:
         assert f"{hook.target} is already patched, by __main__." in message
-        assert "and has changed nothing" in message
+        assert "cannot hook into this vLLM" in message
         assert states == ["refused"]
 
 

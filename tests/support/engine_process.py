@@ -21,6 +21,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+# Of one job; for machines that are busy with other things.
+TIMEOUT_S = float(os.environ.get("ENGINE_JOB_TIMEOUT_S", "600"))
+
 REPOSITORY = Path(__file__).parents[2]
 TRITON_INTERPRETER = Path(__file__).parent / "triton_interpreter"
 
@@ -74,11 +77,11 @@ class EngineProcess:
         self._queue = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"engine-{runner}")
         self._lock = threading.Lock()
 
-    def submit(self, job: str, *args: Any, timeout_s: float = 600, **kwargs: Any) -> Future[Any]:
+    def submit(self, job: str, *args: Any, timeout_s: float = TIMEOUT_S, **kwargs: Any) -> Future[Any]:
         """Queue a job: the function `module:name`, called in the child with `args`."""
         return self._queue.submit(self._run, job, args, kwargs, timeout_s)
 
-    def run(self, job: str, *args: Any, timeout_s: float = 600, **kwargs: Any) -> Any:
+    def run(self, job: str, *args: Any, timeout_s: float = TIMEOUT_S, **kwargs: Any) -> Any:
         """Run a job and wait for what it returns.
 
         Raises:
