@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from benchmarks.cost_model import WeightCounts, bound_speedup, count_weights
 from benchmarks.hardware import describe_hardware, list_gpu_names
 from benchmarks.synthetic_checkpoint import (
     DEFAULT_FOLDER,
+    MAX_POSITIONS,
     PRESETS,
     SyntheticCheckpoint,
     SyntheticSpec,
@@ -40,9 +42,10 @@ from benchmarks.synthetic_checkpoint import (
 
 SYSTEMS = ("plain", "layerskip", "draft_model", "ngram")
 LOG_FOLDER = Path("benchmark-output/logs")
-NUM_PROMPT_TOKENS = 16
 NUM_WARM_UP_TOKENS = 24
+MARGIN_TOKENS = 64  # room for drafts past the end of a text
 BYTES_PER_WEIGHT = {"bfloat16": 2, "float16": 2, "float32": 4}
+_LEAST = {"repeats": 1, "num_prompt_tokens": 1, "max_tokens": 2, "num_speculative_tokens": 1}
 MIN_SHARE_OF_BOUND = 0.85
 MIN_SPEEDUP = 1.5
 ACCEPTED_METRIC = "vllm:spec_decode_num_accepted_tokens"
@@ -269,7 +272,7 @@ def make_engine_args(
         "model": str(checkpoint.folder.resolve()),
         "skip_tokenizer_init": True,
         "dtype": options.dtype,
-        "max_model_len": NUM_PROMPT_TOKENS + options.max_tokens + 64,
+        "max_model_len": options.num_prompt_tokens + options.max_tokens + MARGIN_TOKENS,
         "max_num_seqs": max(options.batch_sizes),
         "kv_cache_memory_bytes": int(options.kv_cache_gib * 2**30),
         # With the bytes given, no more than what a GPU must have free when the engine starts.
@@ -287,7 +290,7 @@ def measure(
 ) -> dict[int, dict[str, list[Measurement]]]:
     """Runs all rounds, the engines in turn, and returns them by batch size and system."""
     num_prompts = max(options.batch_sizes) * (options.repeats + 1)
-    prompts = make_prompts(vocab_size, num_prompts, NUM_PROMPT_TOKENS, options.seed + 1)
+    prompts = make_prompts(vocab_size, num_prompts, options.num_prompt_tokens, options.seed + 1)
     results = {batch: {engine.system: [] for engine in engines} for batch in options.batch_sizes}
     for batch_size, by_system in results.items():
         for engine in engines:
@@ -446,6 +449,7 @@ def make_table(
         "system",
         "tokens/s",
         "(range)",
+        "first token",
         "vs plain",
         "accepted",
         "bound",
@@ -471,6 +475,7 @@ def make_table(
             line.system,
             f"{line.tokens_per_s:.1f}",
             f"{line.slowest:.1f}-{line.fastest:.1f}",
+            f"{line.prefill_s * 1e3:.0f} ms",
             _show(line.speedup, ".2f"),
             accepted,
             _show(line.bound, ".2f"),
@@ -496,23 +501,21 @@ def describe_run(
     options: argparse.Namespace,
 ) -> list[str]:
     """Returns the lines above the table: machine, versions, model and what the bound is."""
-    import torch
-    import vllm
-
     facts = next(iter(engines.values()))
     size = BYTES_PER_WEIGHT[options.dtype]
     prefix = options.exit_layer * counts.layer / counts.whole
     head = counts.head / counts.whole
     num_tokens = options.num_speculative_tokens
     lines = [
-        f"{describe_hardware()}; {facts.num_threads} threads; vLLM {vllm.__version__}, "
-        f"PyTorch {torch.__version__}; {facts.mode}, "
+        f"{describe_hardware()}; {facts.num_threads} threads; vLLM {version('vllm')}, "
+        f"PyTorch {version('torch')}; {facts.mode}, "
         + ("vLLM's engine process" if options.engine_process else "engine in its caller's process"),
         f"{options.preset}: {counts.total / 1e9:.2f} B weights, {options.dtype}; E = "
         f"{options.exit_layer} of {counts.num_layers} layers, K = {num_tokens}; late layers scaled "
         f"by {checkpoint.late_scale}; {checkpoint.distinct_ngrams:.0%} of a text's 4-grams differ",
-        f"{options.repeats} rounds of {options.max_tokens} tokens after {NUM_PROMPT_TOKENS} prompt "
-        f"tokens, systems in turn; temperature {options.temperature:g}; prefill not counted",
+        f"{options.repeats} rounds of {options.max_tokens} tokens after "
+        f"{options.num_prompt_tokens} prompt tokens, systems in turn; "
+        f"temperature {options.temperature:g}; prefill not counted",
         f"bound = (accepted + 1) / (K * (prefix + head) + whole) = (accepted + 1) / "
         f"({num_tokens} * ({prefix:.4f} + {head:.4f}) + 1), bytes read in shares of the whole",
     ]
@@ -546,6 +549,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--acceptance", type=float, default=0.72, help="of the checkpoint to make")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--repeats", type=int, default=3, help="rounds of each system")
+    parser.add_argument("--num-prompt-tokens", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=128, help="tokens a text")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -561,13 +565,19 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="exit 1 if a bar is missed at batch 1")
     options = parser.parse_args(arguments)
     options.preset = options.preset or ("gpu-1b" if list_gpu_names() else "cpu-0.6b")
-    options.exit_layer = options.exit_layer or PRESETS[options.preset].exit_layer
-    for name, least in (("repeats", 1), ("max_tokens", 2), ("num_speculative_tokens", 1)):
+    if options.exit_layer is None:
+        options.exit_layer = PRESETS[options.preset].exit_layer
+    for name, least in _LEAST.items():
         if getattr(options, name) < least:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} is {getattr(options, name)}; it must be at least {least}.")
     if min(options.batch_sizes) < 1:
         raise ValueError(f"--batch-sizes has {min(options.batch_sizes)}; all must be at least 1.")
+    if options.num_prompt_tokens + options.max_tokens + MARGIN_TOKENS > MAX_POSITIONS:
+        raise ValueError(
+            f"--num-prompt-tokens and --max-tokens are {options.num_prompt_tokens} and "
+            f"{options.max_tokens}; together they must be at most {MAX_POSITIONS - MARGIN_TOKENS}."
+        )
     if options.check and (1 not in options.batch_sizes or "plain" not in options.systems):
         raise ValueError(
             "--check needs batch size 1 and the systems plain, layerskip, draft_model."

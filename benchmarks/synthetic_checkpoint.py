@@ -28,6 +28,7 @@ DEFAULT_FOLDER = Path("benchmark-output/checkpoints")
 REPORT_NAME = "synthetic.json"
 # Checkpoints of another recipe are not reused: raise it when the weights change.
 RECIPE = 1
+MAX_POSITIONS = 4096
 
 NUM_CALIBRATION_PROMPTS = 16
 NUM_PROMPT_TOKENS = 16
@@ -210,7 +211,7 @@ def _make_config(spec: SyntheticSpec, num_layers: int | None = None) -> Any:
         num_key_value_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         vocab_size=spec.vocab_size,
-        max_position_embeddings=4096,
+        max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=1,
@@ -406,7 +407,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER)
     options = vars(parser.parse_args())
     spec, folder = PRESETS[options.pop("preset")], options.pop("folder")
-    options["exit_layer"] = options["exit_layer"] or spec.exit_layer
+    if options["exit_layer"] is None:
+        options["exit_layer"] = spec.exit_layer
     checkpoint = make_checkpoint(dataclasses.replace(spec, **options), folder)
     print(json.dumps(dataclasses.asdict(checkpoint), indent=2, default=str))
 

@@ -72,20 +72,23 @@ def served(runner, checkpoint, request) -> Served:
         "bad_words": {"bad_words": [chr(character + 29) if character > 2 else "\n"]},
         "logprobs": {"logprobs": 3},
         "prompt_logprobs": {"prompt_logprobs": 2, "logprobs": 0},
-        # vLLM refuses several greedy outputs; the best of one token is the same thing.
-        "n": {"n": 2, "temperature": 1.0, "top_k": 1},
+        # vLLM refuses several greedy outputs; the likeliest token alone is the same thing.
+        "n": {"n": 2, "temperature": 1.0, "top_p": 1e-4},
     }
     scenario = Scenario(
         # The same weights, and another end of sequence.
         str(checkpoint(eos_token_id=ids[end])),
         tuple(Request(PROMPT, params | own) for own in requests.values()),
         layerskip(exit_layer, num_speculative_tokens),
-        {"max_num_seqs": 16, "max_logprobs": 5},
+        {"max_num_seqs": 16, "per_request_spec_decode_metrics": "detailed"},
     )
     plain, drafted = runner.pair(scenario)
+    served = Served(tuple(requests), greedy, end, plain, drafted)
     if exit_layer == NUM_LAYERS:
-        assert drafted.num_accepted > 0.8 * drafted.num_draft_tokens
-    return Served(tuple(requests), greedy, end, plain, drafted)
+        for name in ("eos", "stop_token", "stop_string"):
+            # The output ended inside a draft: all of it was accepted, past the end.
+            assert served.only(name).spec_decode["per_step_accepted"] == [5]
+    return served
 
 
 def token_text(completion: Completion, index: int) -> str:

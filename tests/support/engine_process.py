@@ -77,7 +77,9 @@ class EngineProcess:
         self._queue = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"engine-{runner}")
         self._lock = threading.Lock()
 
-    def submit(self, job: str, *args: Any, timeout_s: float = TIMEOUT_S, **kwargs: Any) -> Future[Any]:
+    def submit(
+        self, job: str, *args: Any, timeout_s: float = TIMEOUT_S, **kwargs: Any
+    ) -> Future[Any]:
         """Queue a job: the function `module:name`, called in the child with `args`."""
         return self._queue.submit(self._run, job, args, kwargs, timeout_s)
 

@@ -143,16 +143,16 @@ class Report:
         drafter: The drafter's class name, None without speculation.
     """
 
-    outputs: tuple[Output | None, ...]
+    outputs: tuple[Output | None, ...] = field(repr=False)
     aborted_token_ids: Mapping[int, tuple[int, ...]]
-    steps: tuple[Step, ...]
+    steps: tuple[Step, ...] = field(repr=False)
     num_drafts: int
     num_draft_tokens: int
     num_accepted: int
     num_accepted_per_pos: tuple[int, ...]
     num_preemptions: int
     num_blocks: int
-    layers_by_group: tuple[tuple[str, ...], ...]
+    layers_by_group: tuple[tuple[str, ...], ...] = field(repr=False)
     drafter: str | None
     runner: str
     is_async: bool
