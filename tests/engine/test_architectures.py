@@ -52,18 +52,19 @@ def test_drafts_are_all_accepted_when_all_layers_draft(runner, checkpoint, archi
 def test_prefix_spans_two_kv_cache_groups_when_windows_alternate(runner, checkpoint):
     """Gemma 2 keeps layers with and without a sliding window in KV cache groups of their own.
 
-    Prompts and outputs leave the window behind: blocks before it are freed while drafts go on.
+    Prompts and outputs leave the window behind: blocks before it are freed while drafts go on. At
+    last a prompt comes again, and finds other blocks cached in one group than in the other.
     """
     requests = (
         Request(tokens(3 * SLIDING_WINDOW + 5), {"max_tokens": 12}),
         Request(tokens(SLIDING_WINDOW - 5), {"max_tokens": 12}, joins_at=1),
         Request(tokens(2 * SLIDING_WINDOW), {"max_tokens": 6}, joins_at=2),
+        Request(tokens(3 * SLIDING_WINDOW + 5), {"max_tokens": 8}, phase=1),
     )
+    engine = {"max_num_batched_tokens": 48, "enable_prefix_caching": True}
     model = str(checkpoint("gemma2"))
     for exit_layer in (3, NUM_LAYERS):
-        scenario = Scenario(
-            model, requests, layerskip(exit_layer, 4), {"max_num_batched_tokens": 48}
-        )
+        scenario = Scenario(model, requests, layerskip(exit_layer, 4), engine)
         plain, drafted = runner.pair(scenario)
         prefix = [f"model.layers.{index}." for index in range(exit_layer)]
         groups_of_prefix = [
@@ -72,5 +73,6 @@ def test_prefix_spans_two_kv_cache_groups_when_windows_alternate(runner, checkpo
         ]
         assert groups_of_prefix == [True, True]
         assert drafted.num_blocks == plain.num_blocks
+        assert drafted.outputs[3].num_cached_tokens > 0
         assert_same_outputs(plain, drafted)
     assert_all_accepted(drafted)

@@ -83,12 +83,12 @@ class Server:
     def run(self) -> Report:
         """Run all phases."""
         for phase in sorted({request.phase for request in self.requests}):
-            self._run_phase(
-                {i: request for i, request in enumerate(self.requests) if request.phase == phase}
-            )
-        return self._report()
+            self.run_phase(phase)
+        return self.report()
 
-    def _run_phase(self, waiting: dict[int, Request]) -> None:
+    def run_phase(self, phase: int) -> None:
+        """Serve the requests of a phase until all have left."""
+        waiting = {i: request for i, request in enumerate(self.requests) if request.phase == phase}
         step = 0
         while waiting or self.engine.has_unfinished_requests():
             for index in [i for i, request in waiting.items() if request.joins_at <= step]:
@@ -156,7 +156,8 @@ class Server:
 
         scheduler.schedule = recorded
 
-    def _report(self) -> Report:
+    def report(self) -> Report:
+        """All that the engine has done so far."""
         metrics = {
             metric.name.removeprefix("vllm:"): getattr(
                 metric, "value", getattr(metric, "values", 0)

@@ -21,15 +21,10 @@ def serve_with_new_weights(scenario: Scenario, change: str) -> Report:
     with engine(scenario) as llm:
         server = Server(llm, scenario)
         runner = server.core.model_executor.driver_worker.worker.model_runner
-        run_phase = server._run_phase
-
-        def run_phase_after_change(waiting: dict) -> None:
-            if any(request.phase == 1 for request in waiting.values()):
-                _change(runner.model.model.layers, change)
-            run_phase(waiting)
-
-        server._run_phase = run_phase_after_change
-        return server.run()
+        server.run_phase(0)
+        _change(runner.model.model.layers, change)
+        server.run_phase(1)
+        return server.report()
 
 
 @torch.inference_mode()
