@@ -219,9 +219,12 @@ def _plain(attribute: Any) -> Any:
 
 
 def _describe(attribute: Any) -> str:
+    """Say where an attribute was defined, whatever `functools.wraps` made it call itself."""
     function = _plain(attribute)
-    module = getattr(function, "__module__", None)
-    return f"{module}.{getattr(function, '__qualname__', repr(function))}"
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return repr(function)
+    return f"{function.__globals__.get('__name__')}.{code.co_name}"
 
 
 def _explain(problems: Sequence[str]) -> str:

@@ -150,7 +150,7 @@ def states():
 
 register()
 import torch
-heavy = ("vllm.v1.worker", "vllm.v1.spec_decode.", "vllm.model_executor", "vllm.engine")
+heavy = ("vllm.v1.worker.", "vllm.v1.spec_decode.", "vllm.model_executor.models.")
 seen["workers"] = [name for name in sys.modules if name.startswith(heavy)]
 seen["cuda"] = torch.cuda.is_initialized()
 seen["registered"] = states()
