@@ -193,6 +193,8 @@ class Server:
 
     def _describe_failure(self, what: str) -> str:
         tail = "\n".join(self._read_log().splitlines()[-_NUM_LOG_TAIL_LINES:])
+        if self._process is not None and self._process.returncode is not None:
+            what += f" (exit status {self._process.returncode})"
         return (
             f"the {self.name} server {what}.\nCommand: {' '.join(self._command)}\n"
             f"End of {self.log_path}:\n{tail}"

@@ -183,7 +183,8 @@ class LayerSkipProposer(DraftModelProposer):
         cudagraph_mode, num_input_tokens, num_tokens_across_dp = (
             self._determine_batch_execution_and_padding(num_reqs)
         )
-        draft_token_ids, draft_probs = [], []
+        draft_token_ids: list[torch.Tensor] = []
+        draft_probs: list[torch.Tensor] = []
         for step in range(num_speculative_tokens):
             if step > 0:
                 rows.advance(draft_token_ids[-1], self.max_model_len)

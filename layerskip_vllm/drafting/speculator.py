@@ -65,10 +65,8 @@ class LayerSkipSpeculator(DraftModelSpeculator):
     ) -> None:
         # The runner takes these names out of the target's checks, so it must see none: there are no
         # layers but the target's. Only the metadata of draft steps is built for the prefix's.
-        no_names, self.draft_attn_layer_names = (
-            self.draft_attn_layer_names,
-            self.model.attn_layer_names,
-        )
+        no_names: set[str] = self.draft_attn_layer_names
+        self.draft_attn_layer_names = self.model.attn_layer_names
         super().set_attn(
             model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups
         )
@@ -221,13 +219,13 @@ class LayerSkipSpeculator(DraftModelSpeculator):
 
         Without `seq_lens_cpu_upper_bound` the steps run without attention (profiling).
         """
-        is_graph = batch_desc.cg_mode == CUDAGraphMode.FULL
-        if is_graph and self.supports_decode_metadata_update:
+        graphs = self.graphs if batch_desc.cg_mode == CUDAGraphMode.FULL else None
+        if graphs is not None and self.supports_decode_metadata_update:
             for group in self._all_attn_groups():
                 group.map_to_kernel_block_table(
                     self.block_tables.input_block_tables[group.kv_cache_group_id]
                 )
-            self.graphs.run_fullgraph(batch_desc)
+            graphs.run_fullgraph(batch_desc)
             return
         attn_metadata, slot_mappings = None, None
         for step in range(num_speculative_tokens):
@@ -244,8 +242,8 @@ class LayerSkipSpeculator(DraftModelSpeculator):
                     step=step + 1,
                 )
             self.current_draft_step.fill_(step)
-            if is_graph:
-                self.graphs.run_fullgraph(batch_desc)
+            if graphs is not None:
+                graphs.run_fullgraph(batch_desc)
             else:
                 self._draft_one(
                     num_reqs,
