@@ -1,4 +1,4 @@
-"""What rounds on a plain and on a layer-skip server add up to: medians, speed-up, equal tokens."""
+"""What rounds on a plain and on a layer-skip server add up to: medians, speed-up, same tokens."""
 
 from __future__ import annotations
 
@@ -51,7 +51,6 @@ class Comparison:
     Attributes:
         plain: The plain server's speed.
         layerskip: The layer-skip server's speed.
-        speedup: How many times as many tokens a second; median over the rounds' own ratios.
         counters: What was drafted and accepted.
         num_completions: Completions of each server.
         num_tokens: Tokens that the plain server generated.
@@ -61,12 +60,16 @@ class Comparison:
 
     plain: Speed
     layerskip: Speed
-    speedup: float
     counters: SpecDecodeCounters
     num_completions: int
     num_tokens: int
     num_same_tokens: int
     mismatches: tuple[Mismatch, ...]
+
+    @property
+    def speedup(self) -> float:
+        """How many times the plain server's tokens a second the layer-skip server makes."""
+        return self.layerskip.tokens_per_s / self.plain.tokens_per_s
 
     @property
     def is_every_token_same(self) -> bool:
@@ -155,10 +158,6 @@ def compare(
     return Comparison(
         plain=summarize_speed(plain_rounds),
         layerskip=summarize_speed(layerskip_rounds),
-        speedup=statistics.median(
-            layerskip.tokens_per_s / plain.tokens_per_s
-            for plain, layerskip in zip(plain_rounds, layerskip_rounds, strict=True)
-        ),
         counters=counters,
         num_completions=len(pairs),
         num_tokens=sum(len(plain.token_ids) for plain, _ in pairs),

@@ -79,7 +79,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--concurrency", type=_positive_int, default=4, help="requests at once")
     add("--num-prompts", type=_positive_int, default=16, help="prompts a round")
     add("--max-tokens", type=_positive_int, default=128, help="most tokens a completion")
-    add("--rounds", type=_positive_int, default=3, help="rounds on each server")
+    add("--rounds", type=_positive_int, default=5, help="rounds on each server")
     add("--output-dir", type=Path, default=_DEFAULT_OUTPUT_DIR)
     add("vllm_args", nargs="*", metavar="-- VLLM_ARGS")
     return parser.parse_args(argv)

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.comparison import Comparison
+from benchmarks.comparison import Comparison, Speed
 from benchmarks.report import RunSetting, describe_equality
 
 _INK = "#1f2933"
@@ -35,6 +35,8 @@ def draw_comparison(path: Path, comparison: Comparison, setting: RunSetting) -> 
     plain, layerskip = comparison.plain, comparison.layerskip
     speeds = plain.tokens_per_s, layerskip.tokens_per_s
     _draw_pair(speed, "Tokens a second", "higher is better", *speeds)
+    if setting.num_rounds > 1:
+        _draw_ranges(speed, plain, layerskip)
     ttfts_ms = plain.ttft_ms, layerskip.ttft_ms
     _draw_pair(ttft, "Time to first token", "ms, lower is better", *ttfts_ms)
     tpots_ms = plain.tpot_ms, layerskip.tpot_ms
@@ -72,6 +74,17 @@ def _draw_pair(axes: Axes, title: str, hint: str, plain: float, layerskip: float
     axes.margins(x=0.12)
     _style(axes, title, hint)
     axes.set_yticks([])
+
+
+def _draw_ranges(axes: Axes, *speeds: Speed) -> None:
+    """Adds a line from the slowest to the fastest round, and says so."""
+    for position, speed in enumerate(speeds):
+        by_round = speed.tokens_per_s_by_round
+        axes.vlines(position + 0.38, min(by_round), max(by_round), color=_MUTED, linewidth=2)
+    axes.set_ylim(
+        0, max(axes.get_ylim()[1], 1.04 * max(max(s.tokens_per_s_by_round) for s in speeds))
+    )
+    axes.set_xlabel("line: slowest to fastest round", color=_MUTED, fontsize=9)
 
 
 def _draw_acceptance(axes: Axes, comparison: Comparison) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.comparison import Comparison
+from benchmarks.comparison import Comparison, Speed
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,11 @@ def describe_equality(comparison: Comparison) -> str:
     )
 
 
+def describe_range(speed: Speed) -> str:
+    """Returns the tokens a second of the slowest and of the fastest round."""
+    return f"{min(speed.tokens_per_s_by_round):.0f} to {max(speed.tokens_per_s_by_round):.0f}"
+
+
 def build_table(comparison: Comparison, setting: RunSetting) -> Table:
     """Lays the comparison out for the terminal.
 
@@ -106,6 +111,10 @@ def build_table(comparison: Comparison, setting: RunSetting) -> Table:
 
     speeds = plain.tokens_per_s, layerskip.tokens_per_s
     add_ratio("tokens a second", *speeds, comparison.speedup)
+    if setting.num_rounds > 1:
+        table.add_row(
+            "  slowest to fastest round", describe_range(plain), describe_range(layerskip)
+        )
     ttfts_ms = plain.ttft_ms, layerskip.ttft_ms
     add_ratio("time to first token, ms", *ttfts_ms, layerskip.ttft_ms / plain.ttft_ms)
     tpots_ms = plain.tpot_ms, layerskip.tpot_ms

@@ -291,7 +291,9 @@ def measure(
     """Runs all rounds, the engines in turn, and returns them by batch size and system."""
     num_prompts = max(options.batch_sizes) * (options.repeats + 1)
     prompts = make_prompts(vocab_size, num_prompts, options.num_prompt_tokens, options.seed + 1)
-    results = {batch: {engine.system: [] for engine in engines} for batch in options.batch_sizes}
+    results: dict[int, dict[str, list[Measurement]]] = {
+        batch: {engine.system: [] for engine in engines} for batch in options.batch_sizes
+    }
     for batch_size, by_system in results.items():
         for engine in engines:
             engine.run_round(prompts[-batch_size:], NUM_WARM_UP_TOKENS, options.temperature)

@@ -277,7 +277,8 @@ def _scaled_late_layers(model: Any, exit_layer: int, scale: float) -> Iterator[N
 
 def _calibrate(model: Any, spec: SyntheticSpec) -> dict[str, Any]:
     """Finds the scale of late layers by bisection: the larger, the less they agree with drafts."""
-    low, high, best = 0.0, 2.0, None
+    low, high = 0.0, 2.0
+    best: dict[str, Any] = {}
     for _ in range(MAX_CALIBRATION_ROUNDS):
         scale = round((low + high) / 2, 4)
         report = _measure(model, spec, scale)
@@ -285,7 +286,7 @@ def _calibrate(model: Any, spec: SyntheticSpec) -> dict[str, Any]:
             f"late layers scaled by {scale}: acceptance {report['acceptance']:.3f}", file=sys.stderr
         )
         error = report["acceptance"] - spec.acceptance
-        if best is None or abs(error) < abs(best["acceptance"] - spec.acceptance):
+        if not best or abs(error) < abs(best["acceptance"] - spec.acceptance):
             best = report
         if abs(error) <= ACCEPTANCE_TOLERANCE:
             break

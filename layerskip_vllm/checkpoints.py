@@ -60,6 +60,9 @@ def default_settings(model: str, hf_config: Any, num_layers: int) -> DraftSettin
         hf_config: The checkpoint's configuration, as read by transformers.
         num_layers: L, the number of decoder layers.
 
+    Returns:
+        E and K, each with where it comes from.
+
     Raises:
         ValueError: If the checkpoint's `layerskip` entry is not of the right form.
     """
@@ -97,7 +100,14 @@ def _checked_entry(entry: Any) -> dict[str, Setting]:
 
 
 def check_positive_int(name: str, value: Any) -> int:
-    """Return `value` if it is an integer of at least 1.
+    """Check that a setting is an integer of at least 1.
+
+    Args:
+        name: What the error calls the setting.
+        value: The setting's value.
+
+    Returns:
+        `value`.
 
     Raises:
         ValueError: If it is anything else; a bool, a float or a numeral in a string too.

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 def check_model(model_config: ModelConfig) -> None:
     """Refuse a model whose first layers cannot be run alone over the shared KV cache.
 
+    Args:
+        model_config: The target model's configuration.
+
     Raises:
         ValueError: With the model's name and the reason.
     """
@@ -61,6 +64,10 @@ def check_model(model_config: ModelConfig) -> None:
 
 def check_engine(args: EngineArgs, parallel_config: ParallelConfig) -> None:
     """Refuse engine settings that the draft steps do not support.
+
+    Args:
+        args: The engine's arguments.
+        parallel_config: The parallelism that vLLM has made of them.
 
     Raises:
         ValueError: With the setting's name, its value and what it must be.

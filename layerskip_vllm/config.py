@@ -82,7 +82,13 @@ class LayerSkipConfig(SpeculativeConfig):
 
 
 def is_layerskip(args: EngineArgs) -> bool:
-    """Return whether `args` ask for layerskip, by method or by model, in any of vLLM's ways.
+    """Tell whether layerskip is asked for, by method or by model, in any of vLLM's ways.
+
+    Args:
+        args: The engine's arguments.
+
+    Returns:
+        Whether they ask for it.
 
     Raises:
         ValueError: If they ask for it in a form that vLLM would misread.
@@ -111,7 +117,15 @@ def is_layerskip(args: EngineArgs) -> bool:
 def create_layerskip_config(
     args: EngineArgs, model_config: ModelConfig, parallel_config: ParallelConfig
 ) -> LayerSkipConfig:
-    """Build the configuration from everything that `args` say, or refuse it.
+    """Build the configuration from everything that the user says, or refuse it.
+
+    Args:
+        args: The engine's arguments.
+        model_config: The target model's configuration.
+        parallel_config: The target's parallelism.
+
+    Returns:
+        The configuration, with E and K filled in.
 
     Raises:
         ValueError: If a setting is unknown, of the wrong type or out of range, or if the model or

@@ -67,6 +67,10 @@ def hook_state(hook: Hook) -> HookState:
 def check_version(version: str, is_check_skipped: bool = False) -> None:
     """Refuse a vLLM that the hooks were not written for.
 
+    Args:
+        version: vLLM's version, such as `0.32.0+cpu`.
+        is_check_skipped: Whether the user has switched this check off.
+
     Raises:
         HookError: If `version` is not a supported release and the check is not skipped.
     """
@@ -83,6 +87,9 @@ def install(hooks: Sequence[Hook]) -> None:
     """Check all of `hooks`, then arm them; a second call does nothing.
 
     A hook whose module is imported already is applied at once, the others on import.
+
+    Args:
+        hooks: All that the plugin needs.
 
     Raises:
         HookError: If a target or something it relies on is missing, changed or already patched;

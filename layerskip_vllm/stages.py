@@ -35,8 +35,19 @@ class ExitModel(nn.Module):
     target: nn.Module
     inner: nn.Module
     stage: nn.Module
+    attn_layer_names: set[str]
 
     def __init__(self, target: nn.Module, exit_layer: int, vllm_config: VllmConfig):
+        """Slice a loaded model.
+
+        Args:
+            target: The whole model.
+            exit_layer: E, the number of layers that draft.
+            vllm_config: The configuration that it was built with.
+
+        Raises:
+            ValueError: If the model has no such slice, or not its attention layers alone.
+        """
         super().__init__()
         inner = find_sliceable_model(target)
         prefix = layers_of(inner)[:exit_layer]
@@ -86,7 +97,13 @@ class ExitModel(nn.Module):
 
 
 def find_sliceable_model(target: nn.Module) -> nn.Module:
-    """Find the one module of `target` whose forward runs layers [start_layer, end_layer).
+    """Find the one module whose forward runs layers [start_layer, end_layer).
+
+    Args:
+        target: The whole model.
+
+    Returns:
+        That module of it, such as vLLM's `LlamaModel`.
 
     Raises:
         ValueError: If there is none, or more than one.

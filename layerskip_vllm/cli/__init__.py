@@ -15,7 +15,10 @@ COMMANDS = (doctor,)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the subcommand that `argv` (by default the command line) names.
+    """Run a subcommand.
+
+    Args:
+        argv: The subcommand and its arguments; by default the command line's.
 
     Returns:
         The exit status.

@@ -236,10 +236,10 @@ def _describe_runner(vllm_config: VllmConfig) -> str:
 
 def _describe_error(error: Exception) -> str:
     """The error's own words; of a pydantic error those of each field."""
-    if not isinstance(error, ValueError):
-        return f"{type(error).__name__}: {error}"
-    if not callable(getattr(error, "errors", None)):
-        return str(error)
-    return "; ".join(
-        ": ".join([*map(str, detail["loc"]), detail["msg"]]) for detail in error.errors()
-    )
+    from pydantic import ValidationError  # comes with vLLM
+
+    if isinstance(error, ValidationError):
+        return "; ".join(
+            ": ".join([*map(str, detail["loc"]), detail["msg"]]) for detail in error.errors()
+        )
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

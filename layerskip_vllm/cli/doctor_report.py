@@ -55,7 +55,7 @@ def _hook_rows(report: Report) -> list[tuple[str, str]]:
 
 
 def _checkpoint_rows(checkpoint: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = []
+    rows: list[tuple[str, str]] = []
     for key in ("model", "architecture", "layers", "draft"):
         if key in checkpoint:
             rows.append((key, str(checkpoint[key])))

@@ -15,8 +15,9 @@ EXIT_LAYER_FLAG = "--spec-exit-layer"
 def add_speculative_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add layerskip's flags to a parser that has vLLM's engine arguments."""
     for action in parser._actions:
-        if "--spec-method" in action.option_strings and METHOD not in (action.choices or [METHOD]):
-            action.choices = [*action.choices, METHOD]
+        choices = action.choices
+        if "--spec-method" in action.option_strings and choices is not None:
+            action.choices = [*choices, *({METHOD} - set(choices))]
     group = parser.add_argument_group(
         "LayerSkip", "Self-speculative decoding: the model's first layers draft, all verify."
     )
@@ -44,6 +45,12 @@ def add_speculative_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentP
 
 def fold_exit_layer(args: argparse.Namespace) -> argparse.Namespace:
     """Move the exit layer from its flag into the speculative config, which vLLM carries on.
+
+    Args:
+        args: The parsed command line; left as it is.
+
+    Returns:
+        `args`, or a copy of them with the exit layer moved.
 
     Raises:
         ValueError: If the flag is given without layerskip, or against the speculative config.

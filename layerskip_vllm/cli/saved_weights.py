@@ -91,6 +91,10 @@ def estimate_shares(model_config: ModelConfig, exit_layer: int) -> tuple[float, 
 
     All experts of a mixture count, as they do in a loaded model's bytes.
 
+    Args:
+        model_config: The model's configuration.
+        exit_layer: E, the number of layers that draft.
+
     Returns:
         The shares of the first E layers and of the head; None if the config does not name the MLP's
         size as most do.

@@ -42,6 +42,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
     """
 
     model: ExitModel
+    draft_attn_layer_names: set[str]
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device):
         super().__init__(vllm_config, device)
@@ -65,7 +66,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
     ) -> None:
         # The runner takes these names out of the target's checks, so it must see none: there are no
         # layers but the target's. Only the metadata of draft steps is built for the prefix's.
-        no_names: set[str] = self.draft_attn_layer_names
+        no_names = self.draft_attn_layer_names
         self.draft_attn_layer_names = self.model.attn_layer_names
         super().set_attn(
             model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups
@@ -342,6 +343,8 @@ class DraftCudaGraphs(SpeculatorCudaGraphManager):
     Differs from its base, whose first draft step belongs to another graph, so that it never
     captures a draft of one token.
     """
+
+    _capture_descs: dict[CUDAGraphMode, list[BatchExecutionDescriptor]]
 
     @override
     def capture(self, *args: Any, specialize_spec_tokens: bool = False, **kwargs: Any) -> None:

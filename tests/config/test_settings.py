@@ -292,10 +292,10 @@ def test_config_reserves_slots_for_drafts_when_an_engine_is_configured(
     configure: Callable[..., Any],
 ) -> None:
     settings = {"method": "layerskip", "exit_layer": 2, "num_speculative_tokens": 5}
-    vllm_config = configure(speculative_config=settings, max_num_batched_tokens=64)
+    vllm_config = configure(speculative_config=settings)
     assert vllm_config.num_lookahead_tokens == 5
     # One token a request a draft step needs no more room in a batch than the target takes.
-    assert vllm_config.scheduler_config.max_num_scheduled_tokens == 64
+    assert vllm_config.speculative_config.max_num_new_slots_for_drafting == 0
 
 
 def test_config_keeps_its_exit_layer_when_sent_to_another_process(speculate: Speculate) -> None:

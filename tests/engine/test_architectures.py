@@ -38,7 +38,7 @@ def test_tokens_equal_plain_when_architecture_is(runner, checkpoint, architectur
     assert_same_outputs(plain, drafted)
     assert_some_accepted_some_refused(drafted)
     # Varied outputs: a model that repeats itself would hide a wrong position or block.
-    assert all(len(set(token_ids)) >= 4 for (token_ids,) in plain.token_ids)
+    assert len({token_id for (token_ids,) in plain.token_ids for token_id in token_ids}) >= 8
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

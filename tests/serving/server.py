@@ -142,7 +142,10 @@ class Server:
                 self._fetch("/health")
                 return
             time.sleep(0.5)
-        raise AssertionError(f"the server did not come up; the end of its log:\n{self.log[-6000:]}")
+        status = self._process.poll()
+        raise AssertionError(
+            f"the server did not come up (exit status {status}); its log ends:\n{self.log[-6000:]}"
+        )
 
     def _end(self) -> None:
         assert self._process is not None

@@ -151,7 +151,10 @@ def states():
 register()
 import torch
 heavy = ("vllm.v1.worker.", "vllm.v1.spec_decode.", "vllm.model_executor.models.")
-seen["workers"] = [name for name in sys.modules if name.startswith(heavy)]
+seen["workers"] = [
+    name for name, module in sys.modules.items()
+    if name.startswith(heavy) and not hasattr(module, "__path__")
+]
 seen["cuda"] = torch.cuda.is_initialized()
 seen["registered"] = states()
 register()

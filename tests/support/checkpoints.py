@@ -45,9 +45,15 @@ CONFIGS: Mapping[str, Callable[..., transformers.PretrainedConfig]] = {
     "mistral": lambda **kw: transformers.MistralConfig(
         **_SHAPE | {"sliding_window": SLIDING_WINDOW} | kw
     ),
-    # Every other layer has a sliding window.
+    # Every other layer has a sliding window; embedding and head are always one.
     "gemma2": lambda **kw: transformers.Gemma2Config(
-        **_SHAPE | {"sliding_window": SLIDING_WINDOW, "query_pre_attn_scalar": 32} | kw
+        **_SHAPE
+        | {
+            "sliding_window": SLIDING_WINDOW,
+            "query_pre_attn_scalar": 32,
+            "tie_word_embeddings": True,
+        }
+        | kw
     ),
     "phi3": lambda **kw: transformers.Phi3Config(**_PHI3_SHAPE | kw),
     "olmo2": lambda **kw: transformers.Olmo2Config(**_SHAPE | kw),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.distributed import destroy_model_parallel
 from vllm.sampling_params import RequestOutputKind
 
 from tests.support.scenarios import GREEDY, Completion, Output, Report, Request, Scenario, Step
@@ -46,6 +47,8 @@ def engine(scenario: Scenario) -> Iterator[LLM]:
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
+        # A mixture of experts has process groups that another model's engine does not make.
+        destroy_model_parallel()
 
 
 @contextlib.contextmanager
