@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 from vllm.model_executor.layers.linear import LinearBase
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 
 from layerskip_vllm.stages import find_sliceable_model, layers_of
 
@@ -22,11 +25,10 @@ def share_of_bytes(target: nn.Module, exit_layer: int) -> tuple[float, float]:
         next to nothing, so neither counts; an embedding that is the head counts as the head.
     """
     layers = [num_bytes(layer) for layer in layers_of(find_sliceable_model(target))]
-    head = sum(
-        num_bytes(module) for module in target.modules() if isinstance(module, ParallelLMHead)
-    )
-    if head == 0:
-        head = num_bytes(target.get_input_embeddings())
+    embeddings = [m for m in target.modules() if isinstance(m, VocabParallelEmbedding)]
+    heads = [m for m in embeddings if isinstance(m, ParallelLMHead)]
+    # Without a head of its own the model unembeds with its embedding.
+    head = sum(num_bytes(module) for module in heads or embeddings)
     whole = sum(layers) + head
     return sum(layers[:exit_layer]) / whole, head / whole
 

@@ -28,26 +28,23 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 
-@dataclass
-class DraftRows:
-    """One token a request: what the next draft step feeds, and where its keys and values go.
+@dataclass(frozen=True)
+class DraftSlots:
+    """Where each step of a draft reads and writes; known before its first token is.
+
+    Rows that draft for nothing (a prompt's chunk that is not its last, a request at the end of its
+    context) run along but write no keys and values.
 
     Attributes:
-        input_ids: `[num_reqs] int32`.
-        positions: `[num_reqs] int64`.
-        is_active: `[num_reqs] bool`. Rows that draft for nothing (a prompt's chunk that is not its
-            last, a request at the end of its context) run along but write no keys and values.
+        positions: `[num_steps, num_reqs] int64`.
+        seq_lens: `[num_steps, num_reqs] int32`, with the step's own token.
+        slot_mappings: `[num_steps, num_input_tokens] int64` by KV cache group; `PAD_SLOT_ID` where
+            nothing is written.
     """
 
-    input_ids: torch.Tensor
     positions: torch.Tensor
-    is_active: torch.Tensor
-
-    def advance(self, draft_token_ids: torch.Tensor, max_model_len: int) -> None:
-        """Feed `draft_token_ids` (`[num_reqs] int64`) next, one position further."""
-        self.input_ids = draft_token_ids.int()
-        self.is_active = self.is_active & (self.positions < max_model_len - 1)
-        self.positions = (self.positions + 1).clamp(max=max_model_len - 1)
+    seq_lens: torch.Tensor
+    slot_mappings: dict[int, torch.Tensor]
 
 
 class LayerSkipProposer(DraftModelProposer):
@@ -119,12 +116,6 @@ class LayerSkipProposer(DraftModelProposer):
                 kernel_block_size=sizes[gid] if gid < len(sizes) else None,
             )
         self.draft_attn_groups = list(groups.values())
-        self._slot_mappings = {
-            gid: torch.full(
-                (self.max_num_tokens,), PAD_SLOT_ID, dtype=torch.int64, device=self.device
-            )
-            for gid in sorted({group.kv_cache_group_id for group in groups.values()})
-        }
 
     @override
     def initialize_cudagraph_keys(self, cudagraph_mode: CUDAGraphMode) -> None:
@@ -174,28 +165,41 @@ class LayerSkipProposer(DraftModelProposer):
         positions = common_attn_metadata.seq_lens.long()
         if num_rejected_tokens_gpu is not None:
             positions = positions - num_rejected_tokens_gpu
-        is_mid_prompt = self.runner.discard_request_mask.gpu[:num_reqs]
-        rows = DraftRows(
-            next_token_ids,
-            positions.clamp(max=self.max_model_len - 1),
-            (positions < self.max_model_len) & ~is_mid_prompt,
-        )
         cudagraph_mode, num_input_tokens, num_tokens_across_dp = (
             self._determine_batch_execution_and_padding(num_reqs)
         )
+        slots = self._find_slots(num_speculative_tokens, positions, num_input_tokens)
+        metadata = replace(
+            common_attn_metadata,
+            query_start_loc=self.arange[: num_reqs + 1],
+            query_start_loc_cpu=torch.arange(num_reqs + 1, dtype=torch.int32),
+            num_reqs=num_reqs,
+            num_actual_tokens=num_reqs,
+            max_query_len=1,
+            is_prefilling=None,
+            causal=True,
+            _num_computed_tokens_cache=None,
+            _token_to_req_indices_cache=None,
+        )
         draft_token_ids: list[torch.Tensor] = []
         draft_probs: list[torch.Tensor] = []
+        self.input_ids[:num_reqs] = next_token_ids
         for step in range(num_speculative_tokens):
             if step > 0:
-                rows.advance(draft_token_ids[-1], self.max_model_len)
-            hidden_states = self._run_step(
-                step,
-                rows,
-                common_attn_metadata,
-                num_input_tokens,
-                num_tokens_across_dp,
-                cudagraph_mode,
-            )
+                self.input_ids[:num_reqs] = draft_token_ids[-1]
+            self.positions[:num_reqs] = slots.positions[step]
+            attn_metadata, slot_mapping = self._build_attention(step, slots, metadata)
+            with set_forward_context(
+                attn_metadata,
+                self.vllm_config,
+                num_tokens=num_input_tokens,
+                num_tokens_across_dp=num_tokens_across_dp,
+                cudagraph_runtime_mode=cudagraph_mode,
+                slot_mapping=slot_mapping,
+            ):
+                hidden_states = self.model(
+                    self.input_ids[:num_input_tokens], self.positions[:num_input_tokens]
+                )
             token_ids, probs = self._sample_draft_tokens(
                 hidden_states[:num_reqs], sampling_metadata
             )
@@ -206,83 +210,56 @@ class LayerSkipProposer(DraftModelProposer):
             self._last_draft_probs = torch.stack(draft_probs, dim=1).contiguous()
         return torch.stack(draft_token_ids, dim=1)
 
-    def _run_step(
-        self,
-        step: int,
-        rows: DraftRows,
-        target_metadata: CommonAttentionMetadata,
-        num_input_tokens: int,
-        num_tokens_across_dp: torch.Tensor | None,
-        cudagraph_mode: CUDAGraphMode,
-    ) -> torch.Tensor:
-        """Run the prefix on `rows`: `[num_input_tokens, hidden_size]`, padded for CUDA graphs."""
-        num_reqs = rows.positions.shape[0]
-        self.input_ids[:num_reqs] = rows.input_ids
-        self.positions[:num_reqs] = rows.positions
-        attn_metadata, slot_mappings = self._build_attention(
-            step, rows, target_metadata, num_input_tokens
-        )
-        with set_forward_context(
-            attn_metadata,
-            self.vllm_config,
-            num_tokens=num_input_tokens,
-            num_tokens_across_dp=num_tokens_across_dp,
-            cudagraph_runtime_mode=cudagraph_mode,
-            slot_mapping=slot_mappings,
-        ):
-            return self.model(self.input_ids[:num_input_tokens], self.positions[:num_input_tokens])
+    def _find_slots(
+        self, num_steps: int, first_positions: torch.Tensor, num_input_tokens: int
+    ) -> DraftSlots:
+        """Look up the KV cache slots of all steps, from each request's `first_positions`."""
+        num_reqs = first_positions.shape[0]
+        positions = first_positions + self.arange[:num_steps].unsqueeze(1)
+        is_active = positions < self.max_model_len
+        is_active &= ~self.runner.discard_request_mask.gpu[:num_reqs]
+        positions = positions.clamp(max=self.max_model_len - 1)
+        slot_mappings = {}
+        for gid in dict.fromkeys(group.kv_cache_group_id for group in self.draft_attn_groups):
+            block_table = self.runner.input_batch.block_table[gid]
+            block_size = block_table.block_size
+            blocks = block_table.get_device_tensor(num_reqs)
+            block_ids = blocks.gather(1, (positions // block_size).T).T.long()
+            slots = block_ids * block_size + positions % block_size
+            slot_mapping = slots.new_full((num_steps, num_input_tokens), PAD_SLOT_ID)
+            slot_mapping[:, :num_reqs] = torch.where(is_active, slots, PAD_SLOT_ID)
+            slot_mappings[gid] = slot_mapping
+        return DraftSlots(positions, (positions + 1).int(), slot_mappings)
 
     def _build_attention(
-        self,
-        step: int,
-        rows: DraftRows,
-        target_metadata: CommonAttentionMetadata,
-        num_input_tokens: int,
+        self, step: int, slots: DraftSlots, metadata: CommonAttentionMetadata
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Attention metadata and slot mapping of a step, by layer name."""
-        num_reqs = rows.positions.shape[0]
-        max_seq_len = min(target_metadata.max_seq_len + step + 1, self.max_model_len)
-        upper_bound = target_metadata.seq_lens_cpu_upper_bound
-        step_metadata = replace(
-            target_metadata,
-            query_start_loc=self.arange[: num_reqs + 1],
-            query_start_loc_cpu=torch.arange(num_reqs + 1, dtype=torch.int32),
-            seq_lens=(rows.positions + 1).int(),
-            seq_lens_cpu_upper_bound=(
-                None
-                if upper_bound is None
-                else (upper_bound + step + 1).clamp(max=self.max_model_len)
-            ),
-            num_reqs=num_reqs,
-            num_actual_tokens=num_reqs,
-            max_query_len=1,
-            max_seq_len=max_seq_len,
-            positions=rows.positions,
-            is_prefilling=None,
-            causal=True,
-            _num_computed_tokens_cache=None,
-            _token_to_req_indices_cache=None,
-        )
+        """Attention metadata and slot mapping of a step, by layer name.
+
+        `metadata` is that of all steps; each replaces what depends on the position.
+        """
+        upper_bound = metadata.seq_lens_cpu_upper_bound
+        if upper_bound is not None:
+            upper_bound = (upper_bound + step + 1).clamp(max=self.max_model_len)
         attn_metadata: dict[str, Any] = {}
         slot_mapping_by_layer: dict[str, torch.Tensor] = {}
-        for gid, slot_mapping in self._slot_mappings.items():
-            block_table = self.runner.input_batch.block_table[gid]
-            blocks = block_table.get_device_tensor(num_reqs)
-            block_indices = (rows.positions // block_table.block_size).unsqueeze(1)
-            block_ids = blocks.gather(1, block_indices).squeeze(1).long()
-            slots = block_ids * block_table.block_size + rows.positions % block_table.block_size
-            slot_mapping[:num_reqs] = torch.where(rows.is_active, slots, PAD_SLOT_ID)
-            slot_mapping[num_reqs:num_input_tokens] = PAD_SLOT_ID
-            group_metadata = replace(
-                step_metadata, block_table_tensor=blocks, slot_mapping=slot_mapping[:num_reqs]
+        for group in self.draft_attn_groups:
+            gid = group.kv_cache_group_id
+            slot_mapping = slots.slot_mappings[gid][step]
+            step_metadata = replace(
+                metadata,
+                seq_lens=slots.seq_lens[step],
+                seq_lens_cpu_upper_bound=upper_bound,
+                max_seq_len=min(metadata.max_seq_len + step + 1, self.max_model_len),
+                positions=slots.positions[step],
+                block_table_tensor=self.runner.input_batch.block_table[gid].get_device_tensor(
+                    metadata.num_reqs
+                ),
+                slot_mapping=slot_mapping[: metadata.num_reqs],
             )
-            for group in self.draft_attn_groups:
-                if group.kv_cache_group_id != gid:
-                    continue
-                metadata = group.build_metadata_for_drafting(group_metadata, draft_index=step)
-                for name in group.layer_names:
-                    attn_metadata[name] = metadata
-                    slot_mapping_by_layer[name] = slot_mapping[:num_input_tokens]
+            group_metadata = group.build_metadata_for_drafting(step_metadata, draft_index=step)
+            attn_metadata |= dict.fromkeys(group.layer_names, group_metadata)
+            slot_mapping_by_layer |= dict.fromkeys(group.layer_names, slot_mapping)
         return attn_metadata, slot_mapping_by_layer
 
     @override
