@@ -40,6 +40,8 @@ def num_bytes(module: nn.Module) -> int:
         # On the CPU vLLM repacks the weights of linear layers and leaves an empty parameter.
         weight = getattr(linear, "weight", None)
         if isinstance(linear, LinearBase) and weight is not None and weight.numel() == 0:
-            num_weights = linear.input_size_per_partition * linear.output_size_per_partition
-            size += num_weights * linear.params_dtype.itemsize
+            # A replicated linear layer has no sizes per partition.
+            num_inputs = getattr(linear, "input_size_per_partition", linear.input_size)
+            num_outputs = getattr(linear, "output_size_per_partition", linear.output_size)
+            size += num_inputs * num_outputs * linear.params_dtype.itemsize
     return size

@@ -44,10 +44,6 @@ def check_model(model_config: ModelConfig) -> None:
             "(num_kv_shared_layers), across the exit",
         ),
         (
-            model_config.using_transformers_backend(),
-            "vLLM runs it through transformers, whose layers cannot be sliced",
-        ),
-        (
             not model_config.registry.is_pp_supported_model(
                 model_config.architectures, model_config
             ),

@@ -2,7 +2,9 @@
 
 A vLLM model that supports pipeline parallelism runs layers [start_layer, end_layer) of itself. A
 stage is a shallow copy of it with another end, so it shares every weight, and whatever replaces a
-layer (an adapter, a weight update) replaces it in all stages. Built in the worker after loading.
+layer (an adapter, a weight update) replaces it in all stages. A model that vLLM runs through
+transformers has no such end; its stage has a shorter list of the same layers. Built in the worker
+after loading.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -28,6 +31,7 @@ class ExitModel(nn.Module):
         target: The whole model.
         inner: The module of it that runs the layers.
         stage: The view of `inner` that stops after layer E.
+        view: The view of `target` that runs `stage`.
         attn_layer_names: The attention layers among the first E, by their names in vLLM's forward
             context; their KV cache is what draft steps read and write.
     """
@@ -35,6 +39,7 @@ class ExitModel(nn.Module):
     target: nn.Module
     inner: nn.Module
     stage: nn.Module
+    view: nn.Module
     attn_layer_names: set[str]
 
     def __init__(self, target: nn.Module, exit_layer: int, vllm_config: VllmConfig):
@@ -64,6 +69,7 @@ class ExitModel(nn.Module):
         self.__dict__["target"] = target
         self.__dict__["inner"] = inner
         self.__dict__["stage"] = make_stage(inner, exit_layer, vllm_config, is_eager)
+        self.__dict__["view"] = _replace(target, inner, self.stage)
         if hasattr(target, "get_top_tokens"):
             self.get_top_tokens = target.get_top_tokens
         elif vllm_config.speculative_config.use_local_argmax_reduction:
@@ -89,7 +95,7 @@ class ExitModel(nn.Module):
             `[num_tokens, hidden_size]`, what `compute_logits` takes.
         """
         assert inputs_embeds is None
-        return self.stage(input_ids, positions, None, None)
+        return self.view(input_ids, positions, None, None)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Apply the target's head: `[num_tokens, hidden_size]` to `[num_tokens, vocab_size]`."""
@@ -97,7 +103,7 @@ class ExitModel(nn.Module):
 
 
 def find_sliceable_model(target: nn.Module) -> nn.Module:
-    """Find the one module whose forward runs layers [start_layer, end_layer).
+    """Find the one module whose forward runs a slice of the layers.
 
     Args:
         target: The whole model.
@@ -108,12 +114,7 @@ def find_sliceable_model(target: nn.Module) -> nn.Module:
     Raises:
         ValueError: If there is none, or more than one.
     """
-    found = [
-        module
-        for module in target.modules()
-        if isinstance(getattr(module, "end_layer", None), int)
-        and "end_layer" in type(module).forward.__code__.co_names
-    ]
+    found = [module for module in target.modules() if _runs_a_slice(module)]
     if len(found) != 1:
         names = ", ".join(type(module).__name__ for module in found) or "none"
         raise ValueError(
@@ -123,13 +124,30 @@ def find_sliceable_model(target: nn.Module) -> nn.Module:
     return found[0]
 
 
+def _runs_a_slice(module: nn.Module) -> bool:
+    if isinstance(module, PreTrainedModel):
+        return _name_of_layers(module) is not None
+    if not isinstance(getattr(module, "end_layer", None), int):
+        return False
+    forwards = (vars(cls)["forward"] for cls in type(module).__mro__ if "forward" in vars(cls))
+    for forward in forwards:
+        if "super" not in forward.__code__.co_names:
+            return "end_layer" in forward.__code__.co_names
+    return False
+
+
 def layers_of(inner: nn.Module) -> nn.ModuleList:
-    """The decoder layers that `inner` slices."""
-    return next(
-        child
-        for child in inner.children()
-        if isinstance(child, nn.ModuleList) and len(child) == inner.end_layer
-    )
+    """The decoder layers that `inner` runs."""
+    return getattr(inner, str(_name_of_layers(inner)))
+
+
+def _name_of_layers(inner: nn.Module) -> str | None:
+    is_transformers = isinstance(inner, PreTrainedModel)
+    num_layers = inner.config.num_hidden_layers if is_transformers else inner.end_layer
+    for name, child in inner.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == num_layers:
+            return name
+    return None
 
 
 def make_stage(
@@ -147,7 +165,11 @@ def make_stage(
         A module that shares the submodules of `inner`, compiled on its own where `inner` is.
     """
     stage = copy.copy(inner)  # `_modules` stays the same dict: replaced layers are seen here too
-    stage.end_layer = end_layer
+    if isinstance(inner, PreTrainedModel):
+        name = str(_name_of_layers(inner))
+        stage = _with_child(inner, name, nn.ModuleList(layers_of(inner)[:end_layer]))
+    else:
+        stage.end_layer = end_layer
     if getattr(inner, "do_not_compile", True):
         return stage
     if is_eager:
@@ -166,6 +188,24 @@ def make_stage(
         TorchCompileWithNoGuardsWrapper.__init__(stage, compile_prefix=f"layerskip_{suffix}")
     stage._compile_tag = f"layerskip_{suffix}"
     return stage
+
+
+def _replace(module: nn.Module, inner: nn.Module, stage: nn.Module) -> nn.Module:
+    """A view of `module` in which `stage` stands where `inner` does."""
+    if module is inner:
+        return stage
+    for name, child in module.named_children():
+        replaced = _replace(child, inner, stage)
+        if replaced is not child:
+            return _with_child(module, name, replaced)
+    return module
+
+
+def _with_child(module: nn.Module, name: str, child: nn.Module) -> nn.Module:
+    """A shallow copy of `module` with another child in one place."""
+    view = copy.copy(module)
+    view.__dict__["_modules"] = {**module._modules, name: child}
+    return view
 
 
 def _renamed(function: types.FunctionType, suffix: str) -> types.FunctionType:

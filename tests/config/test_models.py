@@ -32,7 +32,6 @@ def refusal(configure: Callable[..., Any], *model: Any, **engine_args: Any) -> s
         ("whisper", "WhisperForConditionalGeneration", "it is an encoder-decoder"),
         ("bert", "BertModel", "it does not generate text"),
         ("eagle", "EagleLlamaForCausalLM", "it is a draft model itself (model_type 'eagle')"),
-        ("helium", "HeliumForCausalLM", "vLLM runs it through transformers"),
     ],
 )
 def test_model_is_refused_when_its_first_layers_cannot_draft(
@@ -48,28 +47,22 @@ def test_model_is_refused_when_its_first_layers_cannot_draft(
     assert REMEDY in message
 
 
-@pytest.mark.parametrize(
-    ("engine_args", "reason"),
-    [
-        ({"model_impl": "transformers"}, "vLLM runs it through transformers"),
-        ({"runner": "pooling", "convert": "embed"}, "it does not generate text"),
-    ],
-    ids=["transformers", "pooling"],
-)
-def test_model_is_refused_when_the_engine_does_not_run_it_as_a_decoder(
-    configure: Callable[..., Any], engine_args: dict[str, Any], reason: str
-) -> None:
-    message = refusal(configure, **engine_args)
+def test_model_is_refused_when_the_engine_pools_with_it(configure: Callable[..., Any]) -> None:
+    message = refusal(configure, runner="pooling", convert="embed")
     assert "(LlamaForCausalLM)" in message
-    assert reason in message
+    assert "it does not generate text" in message
     assert REMEDY in message
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize(
+    ("name", "model_impl"),
+    [("llama", "auto"), ("llama", "transformers"), ("gemma2", "auto"), ("helium", "auto")],
+)
 def test_model_is_accepted_when_it_is_a_decoder_of_text(
-    configure: Callable[..., Any], name: str
+    configure: Callable[..., Any], name: str, model_impl: str
 ) -> None:
-    assert configure(name, speculative_config=LAYERSKIP).speculative_config.exit_layer == 2
+    vllm_config = configure(name, speculative_config=LAYERSKIP, model_impl=model_impl)
+    assert vllm_config.speculative_config.exit_layer == 2
 
 
 @pytest.mark.parametrize(

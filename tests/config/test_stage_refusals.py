@@ -29,17 +29,30 @@ class Unsliced(Sliced):
         return hidden_states
 
 
+class Inherited(Sliced):
+    """Adds nothing of its own, like vLLM's Mistral."""
+
+    def forward(self, hidden_states: Any) -> Any:
+        return super().forward(hidden_states)
+
+
+class InheritedUnsliced(Unsliced):
+    def forward(self, hidden_states: Any) -> Any:
+        return super().forward(hidden_states)
+
+
 class Target(nn.Module):
     def __init__(self, *parts: nn.Module) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
 
 
-def test_model_is_found_when_one_module_runs_a_slice_of_its_layers() -> None:
+@pytest.mark.parametrize("kind", [Sliced, Inherited])
+def test_model_is_found_when_one_module_runs_a_slice_of_its_layers(kind: type[Sliced]) -> None:
     from layerskip_vllm.stages import find_sliceable_model, layers_of
 
-    sliced = Sliced()
-    assert find_sliceable_model(Target(Unsliced(), sliced)) is sliced
+    sliced = kind()
+    assert find_sliceable_model(Target(Unsliced(), InheritedUnsliced(), sliced)) is sliced
     assert layers_of(sliced) is sliced.layers
 
 

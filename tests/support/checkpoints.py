@@ -32,15 +32,15 @@ _SHAPE: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
-# Phi-3 derives the size of a head.
-_PHI3_SHAPE = {k: v for k, v in _SHAPE.items() if k != "head_dim"} | {"hidden_size": 128}
+# Some implementations derive the size of a head, whatever the configuration says.
+_WIDE_SHAPE = {k: v for k, v in _SHAPE.items() if k != "head_dim"} | {"hidden_size": 128}
 
 CONFIGS: Mapping[str, Callable[..., transformers.PretrainedConfig]] = {
     "llama": lambda **kw: transformers.LlamaConfig(**_SHAPE | kw),
     "llama-tied": lambda **kw: transformers.LlamaConfig(
         **_SHAPE | {"tie_word_embeddings": True} | kw
     ),
-    "qwen2": lambda **kw: transformers.Qwen2Config(**_SHAPE | kw),
+    "qwen2": lambda **kw: transformers.Qwen2Config(**_WIDE_SHAPE | kw),
     "qwen3": lambda **kw: transformers.Qwen3Config(**_SHAPE | kw),
     "mistral": lambda **kw: transformers.MistralConfig(
         **_SHAPE | {"sliding_window": SLIDING_WINDOW} | kw
@@ -55,8 +55,8 @@ CONFIGS: Mapping[str, Callable[..., transformers.PretrainedConfig]] = {
         }
         | kw
     ),
-    "phi3": lambda **kw: transformers.Phi3Config(**_PHI3_SHAPE | kw),
-    "olmo2": lambda **kw: transformers.Olmo2Config(**_SHAPE | kw),
+    "phi3": lambda **kw: transformers.Phi3Config(**_WIDE_SHAPE | kw),
+    "olmo2": lambda **kw: transformers.Olmo2Config(**_WIDE_SHAPE | kw),
     "mixtral": lambda **kw: transformers.MixtralConfig(
         **_SHAPE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None} | kw
     ),
@@ -101,14 +101,17 @@ def make_checkpoint(
         return path
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture](**config)).float()
-    # Gemma's norms multiply by one more than their weight.
-    norm_offset = 1.0 if architecture.startswith("gemma") else 0.0
+    is_gemma = architecture.startswith("gemma")
+    # Gemma's norms multiply by one more than their weight, its embedding by the root of its width.
+    norm_offset = 1.0 if is_gemma else 0.0
+    embedding_scale = model.config.hidden_size**-0.5 if is_gemma else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.fill_(1.0 - norm_offset)
             else:
                 parameter.normal_(0, _WEIGHT_STD)
+        model.get_input_embeddings().weight.mul_(embedding_scale)
         layers = model.model.layers
         for index, layer in enumerate(layers):
             _scale_layer(layer, _LAYER_SCALES[index * NUM_LAYERS // len(layers)], norm_offset)
