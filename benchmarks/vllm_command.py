@@ -70,7 +70,8 @@ def build_env(name: str, model: str, is_gpu: bool) -> dict[str, str]:
     Args:
         name: `PLAIN` or `LAYERSKIP`; the plain one runs without any plugin.
         model: The model's path or Hugging Face name; a path needs no network.
-        is_gpu: Whether it runs on a GPU; on a CPU, Intel's OpenMP is loaded as vLLM advises.
+        is_gpu: Whether it runs on a GPU; on a CPU, as vLLM advises for servers, Intel's OpenMP is
+            loaded, and a core is left to all that is not the model.
 
     Returns:
         The whole environment.
@@ -80,8 +81,12 @@ def build_env(name: str, model: str, is_gpu: bool) -> dict[str, str]:
         env["HF_HUB_OFFLINE"] = "1"
     if name == PLAIN:
         env["VLLM_PLUGINS"] = ""
+    if is_gpu:
+        return env
+    if (os.cpu_count() or 1) > 1:
+        env.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "1")
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
-    if not is_gpu and openmp.exists():
+    if openmp.exists():
         env["LD_PRELOAD"] = _join_preloads(openmp, env)
     return env
 

@@ -96,9 +96,9 @@ class PretrainConfig:
     num_heads: int = 2
     max_drop_prob: float = 0.1
     e_scale: float = 1.0
-    rotation: int = 1
-    min_exit_layer: int = 6
-    exit_interval: int = 6
+    rotation: int = 4
+    min_exit_layer: int = 3
+    exit_interval: int = 3
     exit_layer: int = 6
     num_speculative_tokens: int = 4
 

@@ -106,3 +106,16 @@ def test_pre_commit_has_the_versions_that_the_setup_installs():
     found = re.findall(r"additional_dependencies: \[(.*)\]", text)
     assert found
     assert set(found) <= pinned
+
+
+def test_env_leaves_a_core_to_the_server_on_the_cpu_alone(monkeypatch):
+    name = "VLLM_CPU_NUM_OF_RESERVED_CPU"
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert build_env(LAYERSKIP, "m", is_gpu=False)[name] == "1"
+    assert name not in build_env(LAYERSKIP, "m", is_gpu=True)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert name not in build_env(LAYERSKIP, "m", is_gpu=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setenv(name, "4")
+    assert build_env(LAYERSKIP, "m", is_gpu=False)[name] == "4"
