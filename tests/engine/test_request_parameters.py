@@ -85,7 +85,8 @@ def served(runner, checkpoint, request) -> Served:
     plain, drafted = runner.pair(scenario)
     served = Served(tuple(requests), greedy, end, plain, drafted)
     if exit_layer == NUM_LAYERS:
-        for name in ("eos", "stop_token", "stop_string"):
+        # vLLM leaves out the metrics of an output that ends with a stop string.
+        for name in ("eos", "stop_token"):
             # The output ended inside a draft: all of it was accepted, past the end.
             assert served.only(name).spec_decode["per_step_accepted"] == [5]
     return served

@@ -19,7 +19,7 @@ class Holdings:
 
     Attributes:
         names: Names of the target's parameters.
-        storages: Their storages, by address; empty ones (repacked weights) left out.
+        storages: Their storages, by address; those without memory (repacked weights) left out.
         num_parameters: All `nn.Parameter` objects that are alive in the process, wherever held.
         all_storages: Their storages.
         layer_bytes: The size of the parameters of the smallest decoder layer.
@@ -43,14 +43,13 @@ class Holdings:
 
 def holdings(scenario: Scenario) -> Holdings:
     """Start an engine and look at what its worker holds."""
-    gc.collect()
-    before = {id(p) for p in _alive() if isinstance(p, nn.Parameter)}
-    bytes_before = _num_bytes(_alive())
+    # Kept alive, what an earlier engine left: freed later, it would lend its addresses to the new.
+    left = _alive()
+    before, bytes_before = {id(tensor) for tensor in left}, _num_bytes(left)
     with engine(scenario) as llm:
         core = llm.llm_engine.engine_core.engine_core
         runner = core.model_executor.driver_worker.worker.model_runner
         drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
-        gc.collect()
         parameters = [p for p in _alive() if isinstance(p, nn.Parameter) and id(p) not in before]
         target = dict(runner.model.named_parameters(remove_duplicate=False))
         return Holdings(
@@ -70,11 +69,13 @@ def holdings(scenario: Scenario) -> Holdings:
 
 
 def _alive() -> list[torch.Tensor]:
+    gc.unfreeze()  # vLLM hides what an engine starts with from the collector, and from us
+    gc.collect()
     return [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> frozenset[int]:
-    return frozenset(t.untyped_storage().data_ptr() for t in tensors if t.numel())
+    return frozenset(t.untyped_storage().data_ptr() for t in tensors if t.numel() and not t.is_meta)
 
 
 def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
