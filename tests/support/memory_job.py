@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from layerskip_vllm.bytes_read import num_bytes
 from tests.support.jobs import engine
 from tests.support.scenarios import Scenario
 
@@ -22,7 +23,7 @@ class Holdings:
         storages: Their storages, by address; those without memory (repacked weights) left out.
         num_parameters: All `nn.Parameter` objects that are alive in the process, wherever held.
         all_storages: Their storages.
-        layer_bytes: The size of the parameters of the smallest decoder layer.
+        layer_bytes: The size of the smallest decoder layer, with weights that vLLM has repacked.
         tensor_bytes: The size of all tensors that are alive, each storage counted once.
         drafter_names: Names of the parameters, buffers and modules that the drafter's model
             registers.
@@ -57,10 +58,7 @@ def holdings(scenario: Scenario) -> Holdings:
             storages=_storages(target.values()),
             num_parameters=len(parameters),
             all_storages=_storages(parameters),
-            layer_bytes=min(
-                sum(p.numel() * p.element_size() for p in layer.parameters())
-                for layer in runner.model.model.layers
-            ),
+            layer_bytes=min(num_bytes(layer) for layer in runner.model.model.layers),
             tensor_bytes=_num_bytes(_alive()) - bytes_before,
             drafter_names=_registered(drafter.model) if drafter is not None else (),
             kv_cache_bytes=_num_bytes(runner.kv_caches),
