@@ -142,8 +142,10 @@ def layers_of(inner: nn.Module) -> nn.ModuleList:
 
 
 def _name_of_layers(inner: nn.Module) -> str | None:
-    is_transformers = isinstance(inner, PreTrainedModel)
-    num_layers = inner.config.num_hidden_layers if is_transformers else inner.end_layer
+    if isinstance(inner, PreTrainedModel):
+        num_layers = getattr(inner.config, "num_hidden_layers", None)
+    else:
+        num_layers = inner.end_layer
     for name, child in inner.named_children():
         if isinstance(child, nn.ModuleList) and len(child) == num_layers:
             return name
@@ -164,11 +166,11 @@ def make_stage(
     Returns:
         A module that shares the submodules of `inner`, compiled on its own where `inner` is.
     """
-    stage = copy.copy(inner)  # `_modules` stays the same dict: replaced layers are seen here too
     if isinstance(inner, PreTrainedModel):
         name = str(_name_of_layers(inner))
         stage = _with_child(inner, name, nn.ModuleList(layers_of(inner)[:end_layer]))
     else:
+        stage = copy.copy(inner)  # `_modules` stays the same dict: replaced layers are seen here
         stage.end_layer = end_layer
     if getattr(inner, "do_not_compile", True):
         return stage
@@ -219,6 +221,7 @@ def _renamed(function: types.FunctionType, suffix: str) -> types.FunctionType:
     )
     renamed.__kwdefaults__ = function.__kwdefaults__
     renamed.__annotations__ = function.__annotations__
+    renamed.__dict__.update(function.__dict__)  # `__wrapped__`, by which vLLM finds the arguments
     renamed.__qualname__ = f"{function.__qualname__}_{suffix}"
     return renamed
 
