@@ -15,23 +15,52 @@ import sys
 from types import SimpleNamespace
 
 
-class _AddCpuBackend(importlib.abc.MetaPathFinder):
-    """Gives `triton.backends` an entry "cpu" on import: vLLM looks for it, the interpreter not."""
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Changes a module once, right after it is imported."""
+
+    def __init__(self, name, change):
+        self.name, self.change = name, change
 
     def find_spec(self, name, path, target=None):
-        if name != "triton.backends":
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         exec_module = spec.loader.exec_module
 
-        def exec_and_add(module):
+        def exec_and_change(module):
             exec_module(module)
-            driver = SimpleNamespace(is_active=lambda: True)
-            module.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+            self.change(module)
 
-        spec.loader.exec_module = exec_and_add
+        spec.loader.exec_module = exec_and_change
         return spec
 
 
-sys.meta_path.insert(0, _AddCpuBackend())
+def _add_cpu_backend(backends):
+    """vLLM looks for a backend of the CPU, the interpreter does not."""
+    driver = SimpleNamespace(is_active=lambda: True)
+    backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+
+
+def _store_under_any_mask(interpreter):
+    """A compiler takes a mask of integers, the interpreter one of booleans."""
+    create_masked_store = interpreter.InterpreterBuilder.create_masked_store
+
+    def create(self, ptrs, value, mask, *args):
+        mask = interpreter.TensorHandle(mask.data.astype(bool), mask.dtype)
+        return create_masked_store(self, ptrs, value, mask, *args)
+
+    interpreter.InterpreterBuilder.create_masked_store = create
+
+
+def _sort_in_pytorch(sampler):
+    """vLLM's kernel for top-k and top-p has loops that the interpreter cannot run."""
+    sampler.HAS_TRITON = False
+
+
+for _name, _change in (
+    ("triton.backends", _add_cpu_backend),
+    ("triton.runtime.interpreter", _store_under_any_mask),
+    ("vllm.v1.sample.ops.topk_topp_sampler", _sort_in_pytorch),
+):
+    sys.meta_path.insert(0, _AfterImport(_name, _change))
