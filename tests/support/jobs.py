@@ -136,7 +136,6 @@ class Server:
             }
             output = schedule(*args, **kwargs)
             drafts = output.scheduled_spec_decode_tokens
-            is_async = scheduler.scheduler_config.async_scheduling
             self.steps.append(
                 Step(
                     num_requests=len(output.num_scheduled_tokens),
@@ -148,9 +147,7 @@ class Server:
                     num_drafts=len(drafts),
                     num_padded=sum(
                         before[req_id] < scheduler.requests[req_id].num_prompt_tokens
-                        if is_async
-                        else token_ids[0] == -1
-                        for req_id, token_ids in drafts.items()
+                        for req_id in drafts
                     ),
                     draft_lens=tuple(len(token_ids) for token_ids in drafts.values()),
                 )
