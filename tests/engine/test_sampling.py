@@ -19,12 +19,12 @@ FALSE_ALARM = 1e-6
 VOCAB_SIZE = 24
 # One token more than a block of the KV cache: once cached, it looks like a decode to the scheduler.
 PROMPT = tokens(33, vocab_size=VOCAB_SIZE)
-SAMPLE_SIZE = {"v1": 2000, "v1-triton": 2000, "v2": 500}
+# Model Runner V2 runs under Triton's interpreter, where a sample takes long.
+SAMPLE_SIZE = {"v1": 2000, "v2": 300}
 
 
-@pytest.fixture(params=["v1-triton", "v2"])
+@pytest.fixture(params=["v1", "v2"])
 def name(request) -> str:
-    """V1 with the kernels that it has on a GPU, and V2."""
     return request.param
 
 
@@ -69,7 +69,8 @@ def test_distribution_is_the_targets_when_drafts_are(engines, name, scenario, me
     assert result.p_value > FALSE_ALARM, result
 
 
-def test_distribution_is_the_targets_when_verification_is_by_block(engines, scenario):
+@pytest.mark.parametrize("name", ["v2"])
+def test_distribution_is_the_targets_when_verification_is_by_block(engines, scenario, name):
     """Only V2 has block verification. Fails by chance once in a million runs."""
     one, other = plain_samples(engines, "v2", scenario)
     speculative = layerskip(
@@ -80,9 +81,13 @@ def test_distribution_is_the_targets_when_verification_is_by_block(engines, scen
     assert compare(sample(drafted), [*one, *other]).p_value > FALSE_ALARM
 
 
+@pytest.mark.parametrize("name", ["v2"])
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
 def test_comparison_fails_when_drafts_are_accepted_unconditionally(engines, name, scenario, method):
-    """The comparisons above can fail: here every draft is accepted, and they do."""
+    """The comparisons above can fail: here every draft is accepted, and they do.
+
+    On V2, whose sample is the smaller one; V1 has no such verification on the CPU.
+    """
     one, other = plain_samples(engines, name, scenario)
     speculative = layerskip(
         2,

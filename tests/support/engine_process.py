@@ -30,12 +30,6 @@ TRITON_INTERPRETER = Path(__file__).parent / "triton_interpreter"
 RUNNERS: Mapping[str, Mapping[str, str]] = {
     # vLLM's default on the CPU.
     "v1": {"VLLM_USE_V2_MODEL_RUNNER": "0"},
-    # V1 with the kernels of the GPU instead of their C++ replacements.
-    "v1-triton": {
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": str(TRITON_INTERPRETER),
-    },
     # vLLM's default on the GPU.
     "v2": {
         "VLLM_USE_V2_MODEL_RUNNER": "1",
