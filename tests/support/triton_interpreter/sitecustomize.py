@@ -58,9 +58,15 @@ def _sort_in_pytorch(sampler):
     sampler.HAS_TRITON = False
 
 
+def _log1p_by_log(sampler):
+    """The interpreter has none of the device's own functions."""
+    sampler.tldevice = SimpleNamespace(log1p=lambda x: sampler.tl.log(1.0 + x))
+
+
 for _name, _change in (
     ("triton.backends", _add_cpu_backend),
     ("triton.runtime.interpreter", _store_under_any_mask),
     ("vllm.v1.sample.ops.topk_topp_sampler", _sort_in_pytorch),
+    ("vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils", _log1p_by_log),
 ):
     sys.meta_path.insert(0, _AfterImport(_name, _change))
