@@ -18,6 +18,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
 from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.ops.topk_topp_sampler import random_sample
+from vllm.v1.sample.sampler import _SAMPLING_EPS
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.worker.utils import AttentionGroup
 
@@ -261,6 +263,29 @@ class LayerSkipProposer(DraftModelProposer):
             attn_metadata |= dict.fromkeys(group.layer_names, group_metadata)
             slot_mapping_by_layer |= dict.fromkeys(group.layer_names, slot_mapping)
         return attn_metadata, slot_mapping_by_layer
+
+    @override
+    def _sample_from_logits(
+        self, logits: torch.Tensor, sampling_metadata: SamplingMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Sample a draft token of each request at its temperature.
+
+        Differs from its base: a request that has a seed draws from it, so that it gets the same
+        tokens again. It is not drawn from in the middle of a prompt, whose chunks may differ.
+        """
+        if sampling_metadata.temperature is None:
+            return logits.argmax(dim=-1), None
+        is_greedy = sampling_metadata.temperature < _SAMPLING_EPS
+        temperature = torch.where(is_greedy, 1.0, sampling_metadata.temperature)
+        probs = (logits / temperature.unsqueeze(1)).softmax(dim=-1, dtype=torch.float32)
+        is_discarded = self.runner.discard_request_mask.np
+        generators = {
+            index: generator
+            for index, generator in sampling_metadata.generators.items()
+            if not is_discarded[index]
+        }
+        token_ids = random_sample(probs.clone(), generators, self.use_fp64_gumbel)
+        return torch.where(is_greedy, probs.argmax(dim=-1), token_ids), probs
 
     @override
     @torch.inference_mode()

@@ -11,8 +11,8 @@ import torch
 
 Tokens = tuple[int, ...]
 
-# Cells with fewer sequences than this in both samples together are merged into one, so that the
-# statistic follows the chi-square distribution into its tail.
+# Cells with fewer sequences than this in both samples together are merged, so that the statistic
+# follows the chi-square distribution into its tail.
 MIN_CELL = 25
 
 
@@ -53,14 +53,23 @@ def compare(left: Sequence[Tokens], right: Sequence[Tokens], window: int = 2) ->
 
 
 def _merge_rare(left: Counter[Tokens], right: Counter[Tokens]) -> list[tuple[int, int]]:
+    """Counts by cell. Rare ones are merged with their neighbours, in the order of their tokens."""
     cells, rare = [], (0, 0)
-    for key in left.keys() | right.keys():
+    for key in sorted(left.keys() | right.keys()):
         pair = (left[key], right[key])
-        if sum(pair) >= MIN_CELL:
-            cells.append(pair)
+        if sum(pair) < MIN_CELL:
+            pair = (pair[0] + rare[0], pair[1] + rare[1])
+            rare = (0, 0)
+        if sum(pair) < MIN_CELL:
+            rare = pair
         else:
-            rare = (rare[0] + pair[0], rare[1] + pair[1])
-    return [*cells, rare] if sum(rare) else cells
+            cells.append(pair)
+    if sum(rare):
+        here, there = cells.pop() if cells else (0, 0)
+        cells.append((here + rare[0], there + rare[1]))
+    if len(cells) < 2:
+        raise ValueError(f"too few sequences for a comparison: {sum(cells[0])}, one cell")
+    return cells
 
 
 def _p_value(cells: Sequence[tuple[int, int]]) -> float:

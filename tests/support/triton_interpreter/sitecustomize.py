@@ -42,6 +42,29 @@ def _add_cpu_backend(backends):
     backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
 
 
+def _mend_interpreter(interpreter):
+    _store_under_any_mask(interpreter)
+    _patch_language_once(interpreter)
+
+
+def _patch_language_once(interpreter):
+    """The interpreter patches `tl` at each call of a kernel or a function, half of all its time.
+
+    Here it stays patched: in this process nothing is compiled.
+    """
+    patch_lang, seen = interpreter._patch_lang, set()
+
+    def patch(fn):
+        languages = (interpreter.tl, interpreter.tl.core)
+        found = {lang for lang in languages if any(v is lang for v in fn.__globals__.values())}
+        if not found <= seen:
+            seen.update(found)
+            patch_lang(fn)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch
+
+
 def _store_under_any_mask(interpreter):
     """A compiler takes a mask of integers, the interpreter one of booleans."""
     create_masked_store = interpreter.InterpreterBuilder.create_masked_store
@@ -65,7 +88,7 @@ def _log1p_by_log(sampler):
 
 for _name, _change in (
     ("triton.backends", _add_cpu_backend),
-    ("triton.runtime.interpreter", _store_under_any_mask),
+    ("triton.runtime.interpreter", _mend_interpreter),
     ("vllm.v1.sample.ops.topk_topp_sampler", _sort_in_pytorch),
     ("vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils", _log1p_by_log),
 ):
