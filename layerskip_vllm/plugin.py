@@ -177,6 +177,36 @@ def _hook_expand(original: Any) -> Any:
     return _expand_kernel_impl
 
 
+def _hook_reject(original: Any) -> Any:
+    @functools.wraps(original)
+    def _rejection_random_sample_kernel_impl(
+        output_token_ids: torch.Tensor,
+        cu_num_draft_tokens: torch.Tensor,
+        draft_token_ids: torch.Tensor,
+        draft_probs: torch.Tensor | None,
+        target_probs: torch.Tensor,
+        bonus_token_ids: torch.Tensor,
+        recovered_token_ids: torch.Tensor,
+        uniform_probs: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        original(
+            output_token_ids,
+            cu_num_draft_tokens,
+            draft_token_ids.clamp(min=0),
+            draft_probs,
+            target_probs,
+            bonus_token_ids,
+            recovered_token_ids,
+            uniform_probs.masked_fill(draft_token_ids < 0, float("inf")),
+            *args,
+            **kwargs,
+        )
+
+    return _rejection_random_sample_kernel_impl
+
+
 _ARGS = "vllm.engine.arg_utils:EngineArgs"
 _V1_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _V1_BASE = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
@@ -247,6 +277,14 @@ MENDS = (
         replace=_hook_expand,
         relies_on={"vllm.utils.cpu_triton_utils:_expand_kernel_impl": "cb72d4d389c5be6d"},
         why="on the CPU, sampling with drafts reads each request's temperature, not stray memory",
+    ),
+    Hook(
+        target="vllm.utils.cpu_triton_utils:_rejection_random_sample_kernel_impl",
+        replace=_hook_reject,
+        relies_on={
+            "vllm.utils.cpu_triton_utils:_rejection_random_sample_kernel_impl": "07b8705b119dc62b",
+        },
+        why="on the CPU, sampling refuses the placeholder drafts of a prompt that is cached",
     ),
 )
 

@@ -83,6 +83,7 @@ def make_checkpoint(
     architecture: str = "llama",
     seed: int = 0,
     layerskip: dict[str, int] | None = None,
+    logit_scale: float = 1.0,
     **config: Any,
 ) -> Path:
     """Write a random float32 checkpoint and a tokenizer of short ASCII strings, once.
@@ -92,6 +93,7 @@ def make_checkpoint(
         architecture: A key of `CONFIGS`.
         seed: Seed of the weights.
         layerskip: The `layerskip` entry for `config.json`.
+        logit_scale: What an untied head's weights are multiplied by.
         config: Fields of the model's configuration to change, such as `vocab_size`.
 
     Returns:
@@ -112,6 +114,7 @@ def make_checkpoint(
             else:
                 parameter.normal_(0, _WEIGHT_STD)
         model.get_input_embeddings().weight.mul_(embedding_scale)
+        model.get_output_embeddings().weight.mul_(logit_scale)
         layers = model.model.layers
         for index, layer in enumerate(layers):
             _scale_layer(layer, _LAYER_SCALES[index * NUM_LAYERS // len(layers)], norm_offset)
