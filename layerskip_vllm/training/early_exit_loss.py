@@ -19,6 +19,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 ExitScale = Literal["sum", "flat"]
+ExitTarget = Literal["labels", "last_layer"]
+IGNORED_LABEL = -100  # what `cross_entropy` leaves out
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,12 @@ class EarlyExitLoss:
         exit_layers: Layers that may have an exit, next to the last; all when None. Differs: in the
             paper all layers do.
         recompute_logits: Whether to compute logits again in the backward pass.
+        target: What the exits below the last layer learn to predict: the "labels", as in the paper,
+            or, different from it, what the "last_layer" predicts, which is what drafts are accepted
+            by. The last layer learns the labels, and nothing from its exits' losses.
+
+    Raises:
+        ValueError: There is no such `target`.
     """
 
     def __init__(
@@ -217,7 +225,11 @@ class EarlyExitLoss:
         curriculum: ExitCurriculum,
         exit_layers: Iterable[int] | None = None,
         recompute_logits: bool = False,
+        target: ExitTarget = "labels",
     ) -> None:
+        if target not in get_args(ExitTarget):
+            raise ValueError(f"target must be one of {get_args(ExitTarget)}, got {target!r}.")
+        self.target = target
         self.parts = parts
         self.scales = list(scales)
         self.curriculum = curriculum
@@ -246,22 +258,40 @@ class EarlyExitLoss:
             step: The training step, for the curriculum.
 
         Returns:
-            The weighted loss, `[] float32`, and layer index to that exit's mean cross-entropy,
-            `[] float32`, detached.
+            The weighted loss, `[] float32`, and layer index to that exit's mean cross-entropy with
+            its target, `[] float32`, detached.
         """
         shares = exit_shares(self.scales, self.active_layers(step))
+        last = len(self.scales) - 1
+        soft_labels = None
+        if self.target == "last_layer":
+            with torch.no_grad():
+                soft_labels = self._logits(layer_outputs[last]).softmax(-1)
         losses: dict[int, torch.Tensor] = {}
         total = torch.zeros((), device=labels.device)
         for layer_idx, share in shares.items():
-            hidden_states = layer_outputs[layer_idx]
+            arguments = (
+                layer_outputs[layer_idx],
+                labels,
+                None if layer_idx == last else soft_labels,
+            )
             if self.recompute_logits:
-                loss = checkpoint(self._exit_loss, hidden_states, labels, use_reentrant=False)
+                loss = checkpoint(self._exit_loss, *arguments, use_reentrant=False)
             else:
-                loss = self._exit_loss(hidden_states, labels)
+                loss = self._exit_loss(*arguments)
             total = total + share * loss
             losses[layer_idx] = loss.detach()
         return total, losses
 
-    def _exit_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        logits = self.parts.lm_head(self.parts.norm(hidden_states))
-        return functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
+    def _exit_loss(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor, soft_labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        logits, labels = self._logits(hidden_states), labels.flatten()
+        if soft_labels is None:
+            return functional.cross_entropy(logits, labels)
+        is_label = labels != IGNORED_LABEL
+        return functional.cross_entropy(logits[is_label], soft_labels[is_label])
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[batch_size * seq_len, vocab_size] float32`."""
+        return self.parts.lm_head(self.parts.norm(hidden_states)).float().flatten(0, -2)

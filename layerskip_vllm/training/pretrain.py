@@ -71,13 +71,16 @@ class PretrainConfig:
         rotation: R, the steps until an exit's loss is on again.
         min_exit_layer: The smallest E that has a loss. From there to `exit_layer` each has one.
         exit_interval: Beyond `exit_layer`, E has a loss if it is a multiple of this.
+        num_distill_steps: Steps, the last ones, in which E = `exit_layer` alone has a loss besides
+            the last layer, at every step, and learns what the last layer predicts.
+        distill_scale: Weight of that loss, where the last layer's is 1.
         exit_layer: E that the checkpoint is to be drafted with.
         num_speculative_tokens: K that it is to be drafted with.
     """
 
     recipe: bool = True
     seed: int = 0
-    num_steps: int = 1700
+    num_steps: int = 2000
     num_growth_steps: int = 500
     growth_scale: float = 0.3
     num_first_layers: int = 6
@@ -99,6 +102,8 @@ class PretrainConfig:
     rotation: int = 4
     min_exit_layer: int = 3
     exit_interval: int = 3
+    num_distill_steps: int = 700
+    distill_scale: float = 2.0
     exit_layer: int = 6
     num_speculative_tokens: int = 4
 
@@ -242,6 +247,17 @@ def make_early_exit_loss(
     )
 
 
+def make_distill_loss(parts: DecoderParts, config: PretrainConfig) -> EarlyExitLoss:
+    """Returns the loss of the last steps: of E = `exit_layer` and of the last layer."""
+    return EarlyExitLoss(
+        parts,
+        [config.distill_scale] * (config.num_layers - 1) + [1.0],
+        RotationalCurriculum(config.num_layers, 1),
+        exit_layers=[config.exit_layer - 1],
+        target="last_layer",
+    )
+
+
 def train(model: LlamaForCausalLM, token_ids: torch.Tensor, config: PretrainConfig) -> None:
     """Trains the model in place."""
     parts = find_decoder_parts(model)
@@ -261,6 +277,8 @@ def train(model: LlamaForCausalLM, token_ids: torch.Tensor, config: PretrainConf
         if step == config.num_growth_steps:
             grow(model, config)
             early_exit_loss = make_early_exit_loss(parts, config.num_layers, config)
+        if config.recipe and step == config.num_steps - config.num_distill_steps:
+            early_exit_loss = make_distill_loss(parts, config)
         if step == config.num_steps - config.num_long_steps:
             batches = iter_batches(
                 token_ids, config.long_seq_len, config.tokens_per_step, config.seed + 1

@@ -200,6 +200,48 @@ def test_layers_above_an_exit_get_nothing_from_it_when_it_alone_counts():
     assert [gradient.abs().max().item() > 0 for gradient in gradients] == [True, True, False, False]
 
 
+def last_layer_loss(model: LlamaForCausalLM, target: str, **settings: bool):
+    """The loss of exit 2 of 4 and of the last layer, weighted 3 to 1."""
+    scales = [0.0, 3.0, 0.0, 1.0]
+    parts = find_decoder_parts(model)
+    return EarlyExitLoss(parts, scales, NoCurriculum(NUM_LAYERS), target=target, **settings)
+
+
+def test_exit_loss_is_towards_the_last_layer_when_that_is_its_target():
+    """By hand: minus the sum over all tokens of p_last * log p_exit, where there is a label."""
+    model = make_model()
+    inputs, labels = make_batch()
+    total, losses = compute(model, last_layer_loss(model, "last_layer"))
+
+    with torch.no_grad():
+        outputs = model(inputs, output_hidden_states=True)
+        p_last = outputs.logits.softmax(-1)
+        log_p_exit = model.lm_head(model.model.norm(outputs.hidden_states[2])).log_softmax(-1)
+        by_token = -(p_last * log_p_exit).sum(-1)
+    expected = by_token[labels != -100].mean()
+    torch.testing.assert_close(losses[1], expected)
+    torch.testing.assert_close(losses[3], torch.tensor(truncated_loss(model, NUM_LAYERS)))
+    torch.testing.assert_close(total.detach(), 0.75 * losses[1] + 0.25 * losses[3])
+    assert abs(losses[1].item() - truncated_loss(model, 2)) > 1e-3
+
+
+@pytest.mark.parametrize("recompute_logits", [False, True])
+def test_last_layer_learns_nothing_from_its_exits_when_it_is_their_target(recompute_logits):
+    model = make_model()
+    early_exit_loss = last_layer_loss(model, "last_layer", recompute_logits=recompute_logits)
+    early_exit_loss.scales[-1] = 0.0
+
+    compute(model, early_exit_loss)[0].backward()
+
+    gradients = [layer.mlp.down_proj.weight.grad for layer in model.model.layers]
+    assert [gradient.abs().max().item() > 0 for gradient in gradients] == [True, True, False, False]
+
+
+def test_early_exit_loss_names_the_value_when_target_is_unknown():
+    with pytest.raises(ValueError, match=r"target must be one of .*, got 'last'"):
+        last_layer_loss(make_model(), "last")
+
+
 def test_active_layers_leave_out_what_is_not_asked_for_when_exit_layers_are_given():
     early_exit_loss = EarlyExitLoss(
         find_decoder_parts(make_model()),
