@@ -77,7 +77,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--num-speculative-tokens", type=_positive_int, help="default: the checkpoint's own")
     add("--dtype", default="float32", help="only float32 (default) is exact enough for same tokens")
     add("--concurrency", type=_positive_int, default=3, help="requests at once")
-    add("--num-prompts", type=_positive_int, default=18, help="prompts a round")
+    add("--num-prompts", type=_positive_int, default=36, help="prompts a round")
     add("--max-tokens", type=_positive_int, default=192, help="most tokens a completion")
     add("--rounds", type=_positive_int, default=3, help="rounds on each server")
     add("--output-dir", type=Path, default=_DEFAULT_OUTPUT_DIR)

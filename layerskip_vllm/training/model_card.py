@@ -62,6 +62,9 @@ on one machine, gave equal weights to the bit. Another CPU or torch may round ot
   above, each at e_scale {e_scale} against 1 for the last layer, rotating with R = {rotation}, the
   last layer always on. Differs from [the paper](https://arxiv.org/abs/2404.16710): its e(l) gives
   an early exit too small a share for so few tokens.
+- In the last {num_distill_steps:,} steps exit {exit_layer} alone has a loss besides the last layer,
+  at every step and at {distill_scale} against 1. It learns what the last layer predicts instead of
+  the text, since that is what its drafts are accepted by. This differs from the paper as well.
 - Layer dropout: per sample, exponential over depth to {max_drop_prob}, exponential over time.
 - In the first {num_growth_steps:,} steps only the first {num_first_layers} layers run; the others
   then join as copies of them. This saves time, and the plain run below does the same.
