@@ -252,6 +252,7 @@ METHOD_HOOKS = (
             f"{_V1_BASE}.dummy_run": "ab2bf5165893e967",
             f"{_V1_BASE}.initialize_attn_backend": "ce4777d9a120b5f8",
             f"{_V1_BASE}._sample_draft_tokens": "cd7d5c7e884e717c",
+            f"{_V1_BASE}._sample_from_logits": "d425052f3d151455",
             f"{_V1_RUNNER}.propose_draft_token_ids": "599829a38a150104",
             f"{_V1_RUNNER}._input_fits_in_drafter": "607cecf71f6a9410",
         },
