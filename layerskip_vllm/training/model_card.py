@@ -86,7 +86,8 @@ drafted ones; by position is the share of rounds in which that draft was accepte
 
 {exit_table}
 
-E was chosen from this table. `training.json` has every exit's loss, both runs' settings and times.
+The last steps train E = {exit_layer}, and it shows. `training.json` has every exit's loss, both
+runs' settings and times.
 These acceptance rates are for greedy decoding of a model that repeats itself, which makes drafting
 easier; they say nothing of a large model's.
 
@@ -166,7 +167,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="what `pretrain` wrote")
     parser.add_argument("--plain", type=Path, required=True, help="what `--no-recipe` wrote")
     parser.add_argument(
-        "--prompts", type=int, nargs="+", default=[18, 23], help="held-out prompts to complete"
+        "--prompts", type=int, nargs="+", default=[18, 10], help="held-out prompts to complete"
     )
     args = parser.parse_args()
     write_model_card(args.checkpoint, args.plain, args.prompts)
