@@ -21,7 +21,7 @@ setup:
 	@scripts/setup.sh
 
 test: setup
-	$(PYTHON_IN_VENV) -m pytest $(ARGS)
+	$(PYTHON_IN_VENV) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: setup
 	$(PYTHON_IN_VENV) -m ruff format --check .

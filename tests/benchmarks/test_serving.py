@@ -135,6 +135,9 @@ import signal, sys, time
 from pathlib import Path
 from benchmarks import demo, serving
 
+# Whoever runs the tests in the background ignores these two, and so would this process.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 serving._STOP_GRACE_S = 1
 def run(args, console):
     command = [sys.executable, {str(tmp_path / "server.py")!r}, {str(tmp_path / "pids")!r}]

@@ -17,7 +17,12 @@ from layerskip_vllm.plugin import HOOKS, SKIP_VERSION_CHECK, register
 
 LEDGER = Path(__file__).parents[2] / "patches" / "README.md"
 
-each_hook = pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.target.split(".")[-1])
+
+def name_of(hook: Hook) -> str:
+    return hook.target.split(".")[-1]
+
+
+each_hook = pytest.mark.parametrize("hook", HOOKS, ids=name_of)
 
 
 @pytest.fixture
@@ -128,7 +133,7 @@ def test_hook_is_refused_when_a_module_it_relies_on_is_missing(
     ]
 
 
-@pytest.mark.parametrize("hook", [hook for hook in HOOKS if hook.is_new], ids=str)
+@pytest.mark.parametrize("hook", [hook for hook in HOOKS if hook.is_new], ids=name_of)
 def test_hook_is_refused_when_its_new_attribute_exists(
     edit: Callable[..., None], hook: Hook
 ) -> None:
