@@ -152,6 +152,6 @@ def write_entry(folder: Path, entry: Mapping[str, int]) -> None:
         ensure_ascii=text.isascii(),
     )
     new_file = file.with_name(f"{file.name}.{os.getpid()}")
-    new_file.write_text(written + "\n", encoding="utf-8")
+    new_file.write_text(written + "\n" * text.endswith("\n"), encoding="utf-8")
     shutil.copymode(file, new_file)
     new_file.replace(file)
