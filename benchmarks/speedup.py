@@ -19,7 +19,6 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.cost_model import count_weights
 from benchmarks.engines import Engine, Measurement, run_engines
 from benchmarks.hardware import list_gpu_names
 from benchmarks.speedup_report import BYTES_PER_WEIGHT, describe_run, make_table, write_json
@@ -33,6 +32,7 @@ from benchmarks.synthetic_checkpoint import (
     make_prompts,
     read_checkpoint,
 )
+from benchmarks.weight_counts import count_weights
 
 SYSTEMS = ("plain", "layerskip", "draft_model", "ngram")
 LOG_FOLDER = Path("benchmark-output/logs")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.cost_model import WeightCounts
 from benchmarks.engines import Facts, Measurement
 from benchmarks.hardware import describe_hardware
 from benchmarks.speedup_summary import Summary
 from benchmarks.synthetic_checkpoint import SyntheticCheckpoint
+from benchmarks.weight_counts import WeightCounts
 
 BYTES_PER_WEIGHT = {"bfloat16": 2, "float16": 2, "float32": 4}
 

@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.cost_model import WeightCounts, bound_speedup
 from benchmarks.engines import Measurement
+from benchmarks.weight_counts import WeightCounts
+from layerskip_vllm.cost_model import bound_speedup
 
 MIN_SHARE_OF_BOUND = 0.85
 MIN_SPEEDUP = 1.5
@@ -80,9 +81,8 @@ def _summarize_system(
         acceptance = num_accepted / sum(each.num_drafted for each in rounds)
         accepted = num_accepted / num_rounds
         if system in ("layerskip", "draft_model"):
-            bound = bound_speedup(
-                counts, options.exit_layer, options.num_speculative_tokens, accepted
-            )
+            draft_share = counts.draft_share(options.exit_layer)
+            bound = bound_speedup(draft_share, options.num_speculative_tokens, accepted)
     same_texts, same_tokens = compare_texts(rounds, plain) if plain else (None, None)
     return Summary(
         batch_size=batch_size,

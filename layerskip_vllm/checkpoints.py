@@ -1,12 +1,18 @@
 """Where drafting exits and how far it goes when the user does not say.
 
-Called by `config` at engine start and by `layerskip-vllm doctor`; plain Python, no vLLM.
+Called by `config` at engine start and by `layerskip-vllm doctor`, which read a checkpoint's entry,
+and by `layerskip-vllm exits`, which writes one; plain Python, no vLLM.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 CONFIG_KEY = "layerskip"
@@ -115,3 +121,37 @@ def check_positive_int(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
     return value
+
+
+def write_entry(folder: Path, entry: Mapping[str, int]) -> None:
+    """Puts a `layerskip` entry into a checkpoint's `config.json`; all else in it stays.
+
+    The file is replaced, not written into: in Hugging Face's cache it is a link to a shared one.
+
+    Args:
+        folder: The checkpoint.
+        entry: `exit_layer` and `num_speculative_tokens`.
+
+    Raises:
+        ValueError: If `config.json` is not a JSON object, or `entry` is not of the right form.
+        OSError: If it cannot be read or written.
+    """
+    _checked_entry(entry)
+    file = folder / "config.json"
+    text = file.read_text(encoding="utf-8")
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds {text[:40]!r}; it must be a JSON object.")
+    indent = re.match(r"\{\n([ \t]+)", text)
+    written = json.dumps(
+        {**config, CONFIG_KEY: dict(entry)},
+        indent=indent[1] if indent else None,
+        ensure_ascii=text.isascii(),
+    )
+    new_file = file.with_name(f"{file.name}.{os.getpid()}")
+    new_file.write_text(written + "\n" * text.endswith("\n"), encoding="utf-8")
+    shutil.copymode(file, new_file)
+    new_file.replace(file)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from layerskip_vllm.checkpoints import PUBLISHED_SETTINGS, check_positive_int, default_settings
+from layerskip_vllm.checkpoints import (
+    PUBLISHED_SETTINGS,
+    check_positive_int,
+    default_settings,
+    write_entry,
+)
 
 
 def settings_of(model: str, num_layers: int = 32, **config: Any) -> tuple[int, int]:
@@ -84,3 +91,56 @@ def test_entry_is_refused_when_it_has_an_unknown_key() -> None:
 def test_integer_is_refused_when_it_is_anything_else(value: Any) -> None:
     with pytest.raises(ValueError, match=r"^num is .*; it must be an integer of at least 1\.$"):
         check_positive_int("num", value)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (
+            '{\n  "a": 1e-06,\n  "z": "é"\n}\n',
+            '{\n  "a": 1e-06,\n  "z": "é",\n  "layerskip": {\n    "exit_layer": 3\n  }\n}\n',
+        ),
+        (
+            '{\n    "layerskip": {\n        "exit_layer": 9\n    },\n    "z": "\\u00e9"\n}',
+            '{\n    "layerskip": {\n        "exit_layer": 3\n    },\n    "z": "\\u00e9"\n}',
+        ),
+        ('{"a": [1, 2]}', '{"a": [1, 2], "layerskip": {"exit_layer": 3}}'),
+    ],
+    ids=["new", "replaced", "compact"],
+)
+def test_entry_is_all_that_changes_when_written(tmp_path: Path, before: str, after: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(before, encoding="utf-8")
+    file.chmod(0o640)
+    write_entry(tmp_path, {"exit_layer": 3})
+    assert file.read_text(encoding="utf-8") == after
+    assert file.stat().st_mode & 0o777 == 0o640
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_entry_replaces_the_link_when_config_is_one(tmp_path: Path) -> None:
+    (tmp_path / "shared.json").write_text("{}")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").symlink_to(tmp_path / "shared.json")
+    write_entry(tmp_path / "model", {"exit_layer": 3})
+    assert (tmp_path / "shared.json").read_text() == "{}"
+    assert json.loads((tmp_path / "model" / "config.json").read_text()) == {
+        "layerskip": {"exit_layer": 3}
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "entry", "message"),
+    [
+        ("{", {"exit_layer": 3}, r"config\.json is not JSON"),
+        ("[1]", {"exit_layer": 3}, r"config\.json holds '\[1\]'; it must be a JSON object"),
+        ("{}", {"exit_layer": 0}, r"exit_layer of 'layerskip'.* is 0; it must be an integer"),
+    ],
+)
+def test_entry_is_not_written_when_it_or_config_is_wrong(
+    tmp_path: Path, config: str, entry: dict[str, int], message: str
+) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=message):
+        write_entry(tmp_path, entry)
+    assert (tmp_path / "config.json").read_text() == config

@@ -1,18 +1,20 @@
 """Measures every exit of a model on held-out text: its loss, and how its drafts would be accepted.
 
-`pretrain` calls it at the end of a run. It needs no drafting loop: under greedy decoding a draft
-that is still in the running has seen the tokens that the whole model chose. So one forward pass
-over the whole model's own completion tells where an exit would have drafted the right token.
+Called by `pretrain` at the end of a run and by `layerskip-vllm exits`. It needs no drafting loop:
+under greedy decoding a draft that is still in the running has seen the tokens that the whole model
+chose. So one forward pass over the whole model's own completion tells where an exit would have
+drafted the right token.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from layerskip_vllm.training.early_exit_loss import capture_layer_outputs, find_decoder_parts
+from layerskip_vllm.training.exit_head import ExitHead
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,69 @@ class Acceptance:
     num_rounds: int
 
 
+@dataclass(frozen=True)
+class HeldOutExits:
+    """What every exit makes of held-out text, first layer to last; the last is the model's own.
+
+    Attributes:
+        losses: Mean cross-entropy in nats per token.
+        agreements: Share of places where the exit's likeliest token is the last layer's.
+        num_tokens: Places that this is measured over.
+    """
+
+    losses: list[float]
+    agreements: list[float]
+    num_tokens: int
+
+
 @torch.inference_mode()
+def measure_held_out(
+    model: nn.Module,
+    sequences: torch.Tensor,
+    batch_size: int = 8,
+    on_sequences: Callable[[int], None] = lambda _: None,
+) -> HeldOutExits:
+    """Measures every exit on text that the model has not seen.
+
+    Exits are unembedded one at a time and in chunks: beside the model's own this takes the memory
+    of every layer's output for one batch.
+
+    Args:
+        model: A Hugging Face causal language model.
+        sequences: `[num_sequences, seq_len + 1] int64`; each token but the first is predicted.
+        batch_size: Sequences of a forward pass.
+        on_sequences: Called with the number of sequences whenever some are done.
+
+    Returns:
+        Losses and agreements over all sequences.
+    """
+    head = ExitHead(model)
+    num_layers = len(head.parts.layers)
+    losses, num_agreed = [0.0] * num_layers, [0] * num_layers
+    for rows in sequences.split(batch_size):
+        rows = rows.to(model.device)
+        outputs = head.run_layers(rows[:, :-1])
+        labels = rows[:, 1:].flatten().split(head.chunk_size)
+        choices = []
+        for layer_idx in range(num_layers):
+            chosen = []
+            hidden_states = outputs.pop(layer_idx).flatten(0, 1)
+            for logits, labels_part in zip(head.iter_logits(hidden_states), labels, strict=True):
+                loss = functional.cross_entropy(logits, labels_part, reduction="sum")
+                losses[layer_idx] += loss.item()
+                chosen.append(logits.argmax(-1))
+            choices.append(torch.cat(chosen))
+        for layer_idx in range(num_layers):
+            num_agreed[layer_idx] += int((choices[layer_idx] == choices[-1]).sum())
+        on_sequences(len(rows))
+    num_tokens = sequences[:, 1:].numel()
+    return HeldOutExits(
+        [loss / num_tokens for loss in losses],
+        [count / num_tokens for count in num_agreed],
+        num_tokens,
+    )
+
+
 def held_out_exit_losses(
     model: nn.Module, token_ids: torch.Tensor, seq_len: int, batch_size: int = 8
 ) -> list[float]:
@@ -45,28 +109,17 @@ def held_out_exit_losses(
     Returns:
         One loss a layer; the last is the model's own.
     """
-    parts = find_decoder_parts(model)
-    num_layers = len(parts.layers)
-    num_sequences = (len(token_ids) - 1) // seq_len
-    inputs = token_ids[: num_sequences * seq_len].view(-1, seq_len)
-    labels = token_ids[1 : num_sequences * seq_len + 1].view(-1, seq_len)
-    totals = [0.0] * num_layers
-    for start in range(0, num_sequences, batch_size):
-        rows = slice(start, start + batch_size)
-        with capture_layer_outputs(parts.layers, range(num_layers)) as outputs:
-            model.model(input_ids=inputs[rows], use_cache=False)
-        for layer_idx in range(num_layers):
-            logits = parts.lm_head(parts.norm(outputs[layer_idx]))
-            loss = functional.cross_entropy(
-                logits.float().flatten(0, 1), labels[rows].flatten(), reduction="sum"
-            )
-            totals[layer_idx] += loss.item()
-    return [total / inputs.numel() for total in totals]
+    return measure_held_out(model, token_ids.unfold(0, seq_len + 1, seq_len), batch_size).losses
 
 
 @torch.inference_mode()
 def exit_matches(
-    model: nn.Module, prompts: Sequence[Sequence[int]], num_new_tokens: int, eos_token_id: int
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    num_new_tokens: int,
+    eos_token_id: int | Collection[int],
+    batch_size: int = 1,
+    on_prompts: Callable[[int], None] = lambda _: None,
 ) -> list[torch.Tensor]:
     """Completes prompts greedily, and says where each exit would have chosen the same token.
 
@@ -74,45 +127,86 @@ def exit_matches(
         model: A Hugging Face causal language model.
         prompts: Token ids of each prompt.
         num_new_tokens: Limit of a completion's length; `eos_token_id` ends it and is left out.
-        eos_token_id: The token that ends a text.
+        eos_token_id: The token, or tokens, that end a text.
+        batch_size: Prompts of a forward pass, all of one length.
+        on_prompts: Called with the number of prompts whenever some are done.
 
     Returns:
-        For each prompt `[num_layers, num_new_tokens] bool`.
+        For each prompt `[num_layers, num_new_tokens] bool`, shorter where the text ended earlier.
+
+    Raises:
+        ValueError: `batch_size` is above 1 and the prompts differ in length.
     """
-    parts = find_decoder_parts(model)
-    num_layers = len(parts.layers)
-    matches = []
-    for prompt in prompts:
-        completion = complete_greedily(model, prompt, num_new_tokens, eos_token_id)
-        token_ids = torch.tensor([[*prompt, *completion]])
-        with capture_layer_outputs(parts.layers, range(num_layers)) as outputs:
-            model.model(input_ids=token_ids, use_cache=False)
-        predictors = slice(len(prompt) - 1, len(prompt) - 1 + len(completion))
-        chosen = torch.stack(
-            [
-                parts.lm_head(parts.norm(outputs[i][0, predictors])).argmax(-1)
-                for i in range(num_layers)
-            ]
+    lengths = sorted({len(prompt) for prompt in prompts})
+    if batch_size > 1 and len(lengths) > 1:
+        raise ValueError(
+            f"batch_size is {batch_size} with prompts of {lengths[0]} to {lengths[-1]} tokens; "
+            "prompts of different lengths must be completed one at a time, with batch_size 1."
         )
-        matches.append(chosen == torch.tensor(completion))
+    head = ExitHead(model)
+    matches = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        completions = _complete_batch(model, batch, num_new_tokens, eos_token_id)
+        longest = max(map(len, completions))
+        # A causal model's outputs do not hang on what comes after them, here any token.
+        rows = [
+            [*prompt, *completion, *[0] * (longest - len(completion))]
+            for prompt, completion in zip(batch, completions, strict=True)
+        ]
+        chosen = _choose_at_every_exit(
+            head, torch.tensor(rows, device=model.device), len(batch[0]) - 1
+        )
+        for row, completion in enumerate(completions):
+            matches.append(chosen[:, row, : len(completion)] == torch.tensor(completion))
+        on_prompts(len(batch))
     return matches
 
 
-@torch.inference_mode()
+def _choose_at_every_exit(head: ExitHead, token_ids: torch.Tensor, start: int) -> torch.Tensor:
+    """Every exit's choices for the tokens after `start`, `[num_layers, batch_size, num] int64`."""
+    batch_size, num_chosen = token_ids.shape[0], token_ids.shape[1] - 1 - start
+    outputs = head.run_layers(token_ids)
+    choices = []
+    for layer_idx in range(len(head.parts.layers)):
+        hidden_states = outputs.pop(layer_idx)[:, start : start + num_chosen].flatten(0, 1)
+        parts = [logits.argmax(-1).cpu() for logits in head.iter_logits(hidden_states)]
+        choices.append(torch.cat(parts).view(batch_size, num_chosen))
+    return torch.stack(choices)
+
+
 def complete_greedily(
-    model: nn.Module, prompt: Sequence[int], num_new_tokens: int, eos_token_id: int
+    model: nn.Module,
+    prompt: Sequence[int],
+    num_new_tokens: int,
+    eos_token_id: int | Collection[int],
 ) -> list[int]:
     """Returns the token ids that the whole model appends to `prompt`, without `eos_token_id`."""
-    output = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-        do_sample=False,
-        max_new_tokens=num_new_tokens,
-        eos_token_id=eos_token_id,
-        pad_token_id=eos_token_id,
-    )
-    completion = output[0, len(prompt) :].tolist()
-    return completion[:-1] if completion and completion[-1] == eos_token_id else completion
+    return _complete_batch(model, [prompt], num_new_tokens, eos_token_id)[0]
+
+
+@torch.inference_mode()
+def _complete_batch(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    num_new_tokens: int,
+    eos_token_id: int | Collection[int],
+) -> list[list[int]]:
+    """Completes prompts of one length; the likeliest token always, whatever `generate` would do."""
+    eos_token_ids = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+    next_ids = torch.tensor(prompts, device=model.device)
+    cache, completions = None, torch.empty(len(prompts), 0, dtype=torch.int64)
+    is_over = torch.zeros(len(prompts), dtype=torch.bool)
+    while completions.shape[1] < num_new_tokens and not is_over.all():
+        output = model(input_ids=next_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        next_ids = output.logits[:, -1].argmax(-1, keepdim=True)
+        completions = torch.cat([completions, next_ids.cpu()], dim=1)
+        is_over |= torch.tensor([token_id in eos_token_ids for token_id in next_ids[:, 0].tolist()])
+    return [
+        list(itertools.takewhile(lambda token_id: token_id not in eos_token_ids, row))
+        for row in completions.tolist()
+    ]
 
 
 def simulate_acceptance(matches: Sequence[torch.Tensor], num_speculative_tokens: int) -> Acceptance:

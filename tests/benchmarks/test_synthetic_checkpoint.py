@@ -5,7 +5,6 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks.cost_model import count_weights
 from benchmarks.synthetic_checkpoint import (
     NUM_CALIBRATION_PROMPTS,
     NUM_CALIBRATION_TOKENS,
@@ -17,6 +16,7 @@ from benchmarks.synthetic_checkpoint import (
     make_prompts,
     share_of_distinct_ngrams,
 )
+from benchmarks.weight_counts import count_weights
 
 SPEC = SyntheticSpec(4, 128, 256, 2, 1, 64, 512, exit_layer=1, num_speculative_tokens=3)
 

@@ -5,10 +5,12 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from layerskip_vllm.training import exit_head
 from layerskip_vllm.training.exit_evaluation import (
     complete_greedily,
     exit_matches,
     held_out_exit_losses,
+    measure_held_out,
     simulate_acceptance,
 )
 
@@ -138,3 +140,55 @@ def test_held_out_losses_are_the_models_own_when_of_the_last_layer(model):
 
     assert len(losses) == NUM_LAYERS
     assert losses[-1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_completions_are_the_same_when_made_in_a_batch(model):
+    prompts = [prompt[:3] for prompt in PROMPTS]
+    alone = [complete_greedily(model, prompt, 12, NO_EOS) for prompt in prompts]
+    # A token that ends the texts at different lengths.
+    eos = max(
+        range(VOCAB_SIZE), key=lambda token: len({[*ids, token].index(token) for ids in alone})
+    )
+    expected = [exit_matches(model, [prompt], 12, [eos, NO_EOS])[0] for prompt in prompts]
+    assert len({rows.shape[1] for rows in expected}) > 1
+
+    matches = exit_matches(model, prompts, 12, [eos, NO_EOS], batch_size=2)
+
+    for rows, expected_rows in zip(matches, expected, strict=True):
+        assert torch.equal(rows, expected_rows)
+
+
+def test_matches_are_refused_when_a_batch_has_prompts_of_several_lengths(model):
+    with pytest.raises(ValueError, match="batch_size is 2 with prompts of 3 to 5 tokens"):
+        exit_matches(model, PROMPTS, 4, NO_EOS, batch_size=2)
+
+
+def test_completion_is_the_likeliest_when_the_checkpoint_would_have_it_otherwise(model):
+    expected = complete_greedily(model, PROMPTS[0], 12, NO_EOS)
+    model.generation_config.repetition_penalty = 9.0
+    assert len(set(expected)) < len(expected)
+
+    assert complete_greedily(model, PROMPTS[0], 12, NO_EOS) == expected
+
+
+def test_exits_are_those_of_a_model_cut_off_there_when_read_in_chunks(model, monkeypatch):
+    monkeypatch.setattr(exit_head, "MAX_LOGITS_AT_ONCE", 3 * VOCAB_SIZE)
+    sequences = torch.randint(VOCAB_SIZE, (5, 8), generator=torch.Generator().manual_seed(1))
+    all_layers, losses, choices = model.model.layers, [], []
+    for num_layers in range(1, NUM_LAYERS + 1):
+        model.model.layers = all_layers[:num_layers]
+        with torch.inference_mode():
+            logits = model(sequences[:, :-1], use_cache=False).logits.flatten(0, 1)
+        losses.append(nn.functional.cross_entropy(logits, sequences[:, 1:].flatten()).item())
+        choices.append(logits.argmax(-1))
+    model.model.layers = all_layers
+    agreements = [(chosen == choices[-1]).double().mean().item() for chosen in choices]
+    counts = []
+
+    exits = measure_held_out(model, sequences, batch_size=2, on_sequences=counts.append)
+
+    assert exits.losses == pytest.approx(losses, rel=1e-5)
+    assert exits.agreements == pytest.approx(agreements)
+    assert 0 < agreements[0] < agreements[-1] == 1
+    assert exits.num_tokens == 5 * 7
+    assert counts == [2, 2, 1]

@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.cost_model import WeightCounts, bound_speedup, cost_of_round, count_weights
+from benchmarks.weight_counts import WeightCounts, count_weights
 
 LLAMA_3_8B = {
     "hidden_size": 4096,
@@ -60,35 +60,12 @@ def test_count_weights_reads_head_but_no_embedding_when_they_are_tied():
     assert untied.total - tied.total == 2048 * 128256
 
 
-def test_cost_of_round_adds_drafts_to_whole_model_when_counted_by_hand():
+def test_draft_share_is_prefix_and_head_by_whole_when_counted_by_hand():
     # Whole: 10 * 9 + 10 = 100. One draft from 2 layers: 2 * 9 + 10 = 28.
-    assert cost_of_round(ROUND, exit_layer=2, num_speculative_tokens=3) == pytest.approx(1.84)
-
-
-def test_bound_speedup_is_tokens_by_cost_when_counted_by_hand():
-    assert bound_speedup(ROUND, 2, 3, accepted=2.0) == pytest.approx(3 / 1.84)
-
-
-def test_bound_speedup_is_below_one_when_nothing_is_accepted():
-    assert bound_speedup(ROUND, 2, 3, accepted=0.0) == pytest.approx(1 / 1.84)
-
-
-def test_bound_speedup_is_one_when_drafts_are_the_whole_model():
-    assert bound_speedup(ROUND, 10, 4, accepted=4.0) == pytest.approx(1.0)
+    assert ROUND.draft_share(exit_layer=2) == pytest.approx(0.28)
 
 
 @pytest.mark.parametrize("exit_layer", [0, 11])
-def test_bound_speedup_refuses_exit_layer_when_it_is_no_layer(exit_layer):
+def test_draft_share_refuses_exit_layer_when_it_is_no_layer(exit_layer):
     with pytest.raises(ValueError, match=rf"exit_layer is {exit_layer}.*between 1 and 10"):
-        bound_speedup(ROUND, exit_layer, 4, accepted=1.0)
-
-
-def test_bound_speedup_refuses_num_speculative_tokens_when_it_is_zero():
-    with pytest.raises(ValueError, match=r"num_speculative_tokens is 0.*at least 1"):
-        bound_speedup(ROUND, 2, 0, accepted=0.0)
-
-
-@pytest.mark.parametrize("accepted", [-0.1, 4.1])
-def test_bound_speedup_refuses_accepted_when_a_round_cannot_accept_it(accepted):
-    with pytest.raises(ValueError, match=r"accepted is .*between 0 and 4"):
-        bound_speedup(ROUND, 2, 4, accepted=accepted)
+        ROUND.draft_share(exit_layer)
