@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from layerskip_vllm.training.early_exit_loss import capture_layer_outputs, find_decoder_parts
+from layerskip_vllm.training.decoder import capture_layer_outputs, find_decoder_parts
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ def held_out_exit_losses(
     for start in range(0, num_sequences, batch_size):
         rows = slice(start, start + batch_size)
         with capture_layer_outputs(parts.layers, range(num_layers)) as outputs:
-            model.model(input_ids=inputs[rows], use_cache=False)
+            parts.decoder(input_ids=inputs[rows], use_cache=False)
         for layer_idx in range(num_layers):
-            logits = parts.lm_head(parts.norm(outputs[layer_idx]))
+            logits = parts.compute_logits(outputs[layer_idx])
             loss = functional.cross_entropy(
                 logits.float().flatten(0, 1), labels[rows].flatten(), reduction="sum"
             )
@@ -86,11 +86,11 @@ def exit_matches(
         completion = complete_greedily(model, prompt, num_new_tokens, eos_token_id)
         token_ids = torch.tensor([[*prompt, *completion]])
         with capture_layer_outputs(parts.layers, range(num_layers)) as outputs:
-            model.model(input_ids=token_ids, use_cache=False)
+            parts.decoder(input_ids=token_ids, use_cache=False)
         predictors = slice(len(prompt) - 1, len(prompt) - 1 + len(completion))
         chosen = torch.stack(
             [
-                parts.lm_head(parts.norm(outputs[i][0, predictors])).argmax(-1)
+                parts.compute_logits(outputs[i][:, predictors])[0].argmax(-1)
                 for i in range(num_layers)
             ]
         )
