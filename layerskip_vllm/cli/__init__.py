@@ -9,9 +9,9 @@ import argparse
 from collections.abc import Sequence
 
 from layerskip_vllm import __version__
-from layerskip_vllm.cli import doctor
+from layerskip_vllm.cli import doctor, train
 
-COMMANDS = (doctor,)
+COMMANDS = (doctor, train)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from layerskip_vllm.checkpoints import CONFIG_KEY
 from layerskip_vllm.training.layer_skip import LayerSkip
@@ -53,10 +54,16 @@ class LayerSkipTrainer(Trainer):
         self._num_exit_steps: dict[int, int] = defaultdict(int)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as `Trainer.train` does, with the same arguments and result."""
+        """Trains as `Trainer.train` does, with the same arguments and result.
+
+        Differs: resumed from a checkpoint of the last step, the Trainer would do one step more.
+        """
         self.layer_skip.attach()
         try:
             return super().train(*args, **kwargs)
+        except _AlreadyTrained:
+            self.is_in_train = False
+            return TrainOutput(self.state.global_step, 0.0, {})
         finally:
             self.layer_skip.detach()
 
@@ -121,6 +128,10 @@ class LayerSkipTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
+class _AlreadyTrained(Exception):
+    """The checkpoint to resume from is the training's last."""
+
+
 class _StartCallback(TrainerCallback):
     """Tells LayerSkip the number of steps once the Trainer knows it."""
 
@@ -130,6 +141,8 @@ class _StartCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
     ) -> None:
+        if state.global_step >= state.max_steps:
+            raise _AlreadyTrained
         self._layer_skip.start(state.max_steps)
 
 

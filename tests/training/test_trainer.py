@@ -301,29 +301,42 @@ def test_trainer_refuses_settings_that_do_not_fit_the_model(tmp_path):
         make_trainer(tmp_path, LayerSkipSettings())
 
 
+EXITS_ALONE = LayerSkipSettings(0.0, e_scale=1.0, rotation=3)
+FSDP = {
+    "fsdp": True,
+    "fsdp_config": {
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "activation_checkpointing": True,
+    },
+}
+
+
 def train_on_two_ranks(path: Path) -> None:
-    """What each rank of the test below runs; one row a rank, so layers go without any sample."""
-    trainer = make_trainer(
-        path,
-        LayerSkipSettings(0.0, e_scale=1.0, rotation=3),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-    )
-    trainer.train()
-    dropping = make_trainer(
-        path,
-        LayerSkipSettings(0.8, "constant", e_scale=1.0, rotation=3),
-        per_device_train_batch_size=1,
-        gradient_checkpointing=True,
-    )
-    dropping.train()
-    if trainer.is_world_process_zero():
-        logs = {"sharded": step_logs(trainer), "dropping": step_logs(dropping)}
+    """What each rank of the test below runs."""
+    half = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    single = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    often = LayerSkipSettings(0.8, "constant", e_scale=1.0, rotation=3)
+    saved = {"save_strategy": "steps", "save_steps": 4}
+    trainers = {
+        "ddp": make_trainer(path / "ddp", EXITS_ALONE, **half),
+        # One row a rank, so that layers go without any sample.
+        "ddp dropping": make_trainer(path, often, **single, gradient_checkpointing=True),
+        "fsdp": make_trainer(path / "fsdp", EXITS_ALONE, **half, **FSDP, **saved),
+        "fsdp dropping": make_trainer(path, often, **single, **FSDP),
+    }
+    for trainer in trainers.values():
+        trainer.train()
+    trainers["fsdp"].save_model(str(path / "fsdp" / "saved"))
+    resumed = make_trainer(path / "fsdp", EXITS_ALONE, **half, **FSDP, **saved)
+    resumed.train(resume_from_checkpoint=str(path / "fsdp" / "checkpoint-4"))
+    trainers["fsdp resumed"] = resumed
+    if resumed.is_world_process_zero():
+        logs = {name: step_logs(trainer) for name, trainer in trainers.items()}
         (path / "logs.json").write_text(json.dumps(logs))
 
 
 def test_two_ranks_train_as_one_does_when_the_batch_is_the_same(tmp_path):
-    """And a layer that all of a rank's samples skip does not stop them."""
+    """With DDP and FSDP; and a layer that all of a rank's samples skip does not stop them."""
     code = f"""if True:
         from pathlib import Path
         from tests.training.test_trainer import train_on_two_ranks
@@ -336,15 +349,15 @@ def test_two_ranks_train_as_one_does_when_the_batch_is_the_same(tmp_path):
     subprocess.run(
         [*command, str(tmp_path / "job.py")], cwd=root, env=environment, check=True, timeout=300
     )
-    trainer = make_trainer(
-        tmp_path,
-        LayerSkipSettings(0.0, e_scale=1.0, rotation=3),
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-    )
+    trainer = make_trainer(tmp_path, EXITS_ALONE, gradient_accumulation_steps=2)
     trainer.train()
 
     logs = json.loads((tmp_path / "logs.json").read_text())
-    for whole, sharded in zip(step_logs(trainer), logs["sharded"], strict=True):
-        assert sharded == pytest.approx(whole, rel=1e-4)
-    assert len(logs["dropping"]) == 6
+    for name in ("ddp", "fsdp", "fsdp resumed"):
+        for whole, shared in zip(step_logs(trainer), logs[name], strict=True):
+            assert shared == pytest.approx(whole, rel=1e-4)
+    assert logs["ddp dropping"][0] == pytest.approx(logs["fsdp dropping"][0], rel=1e-4)
+    assert len(logs["ddp dropping"]) == len(logs["fsdp dropping"]) == 6
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fsdp/saved")
+    for name, weight in trainer.model.state_dict().items():
+        torch.testing.assert_close(saved.state_dict()[name], weight, rtol=1e-3, atol=1e-4)
