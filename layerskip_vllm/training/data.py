@@ -8,7 +8,7 @@ import glob
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import torch
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from layerskip_vllm.checkpoints import check_positive_int
 from layerskip_vllm.training.early_exit_loss import IGNORED_LABEL
 
-Rows = datasets.Dataset | datasets.IterableDataset
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 Columns = dict[str, list[list[int]]]
 PACKED_DOCUMENTS = 1000  # documents that are packed together; their last row is filled up
 SHUFFLE_BUFFER = 10_000  # rows of a stream that are shuffled together

@@ -36,17 +36,23 @@ class LayerSkip:
         model: The causal language model itself.
         num_layers: L.
         exit_losses: Each exit's loss in the last training forward, by its E, `[] float32`.
+        is_attached: Whether the model trains with LayerSkip now.
 
     Raises:
         ValueError: The model has no decoder layers, or the settings do not fit it.
     """
+
+    model: nn.Module
+    num_layers: int
+    exit_losses: dict[int, torch.Tensor]
+    is_attached: bool
 
     def __init__(self, model: nn.Module, settings: LayerSkipSettings) -> None:
         self._parts = find_decoder_parts(model)
         self._settings = settings
         self.model = self._parts.model
         self.num_layers = len(self._parts.layers)
-        self.exit_losses: dict[int, torch.Tensor] = {}
+        self.exit_losses = {}
         settings.check_fits(self.num_layers)
         if getattr(self.model.config, "output_router_logits", False):
             raise ValueError(

@@ -66,8 +66,8 @@ class RunConfig:
             `gradient_accumulation_steps` for as many devices as there are.
 
     Raises:
-        ValueError: A key of `training` is unknown, missing or of another type, or both
-            `sequences_per_step` and `gradient_accumulation_steps` are given.
+        ValueError: A key of `training` is unknown, missing, of another type or without use here, or
+            both `sequences_per_step` and `gradient_accumulation_steps` are given.
     """
 
     model: ModelConfig
@@ -80,6 +80,11 @@ class RunConfig:
         self._checked_training()
         if self.training.get("output_dir") is None:
             raise ValueError("training has no 'output_dir', which it must have.")
+        if "resume_from_checkpoint" in self.training:
+            raise ValueError(
+                f"training.resume_from_checkpoint is {self.training['resume_from_checkpoint']!r}; "
+                "leave it out: a run goes on from its last checkpoint in output_dir by itself."
+            )
         if self.sequences_per_step is not None:
             check_positive_int("sequences_per_step", self.sequences_per_step)
             if "gradient_accumulation_steps" in self.training:
@@ -101,7 +106,10 @@ class RunConfig:
         return check_fields(TrainingArguments, others, "training") | fsdp
 
     def make_arguments(self) -> TrainingArguments:
-        """Returns the Trainer's arguments, with gradients accumulated up to `sequences_per_step`.
+        """Makes the Trainer's arguments, with gradients accumulated up to `sequences_per_step`.
+
+        Returns:
+            The arguments for this machine.
 
         Raises:
             ValueError: `sequences_per_step` is no multiple of what the devices take at once.

@@ -26,7 +26,7 @@ class LayerSkipTrainer(Trainer):
         model: The model, with peft's adapters or without.
         args: The Trainer's arguments.
         settings: How to train for early exit.
-        kwargs: The Trainer's other arguments.
+        **kwargs: The Trainer's other arguments.
 
     Raises:
         ValueError: The model has no decoder layers, the settings do not fit it, or an argument asks
@@ -86,7 +86,16 @@ class LayerSkipTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Returns the model's loss, as the Trainer does; in training that is the early exit loss.
+        """Computes the model's loss, as the Trainer does; in training that is the early exit loss.
+
+        Args:
+            model: The model, as the Trainer has wrapped it.
+            inputs: A micro-batch.
+            return_outputs: Whether to return the model's output too.
+            num_items_in_batch: The labels of the whole step, over all its micro-batches and ranks.
+
+        Returns:
+            The loss, `[] float32`, or a pair of it and the output.
 
         Raises:
             RuntimeError: Something went around the forward pass that computes it.

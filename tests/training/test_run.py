@@ -279,6 +279,7 @@ def test_steps_have_the_rows_asked_for_when_devices_take_fewer(tmp_path, checkpo
         ({"training": {"max_stepz": 1}}, "training has the unknown key 'max_stepz'; like it are"),
         ({"training": {"learning_rate": "x"}}, "training.learning_rate is 'x'; it must be a num"),
         ({"training": {"output_dir": None}}, "training has no 'output_dir'"),
+        ({"training": {"resume_from_checkpoint": "x"}}, "resume_from_checkpoint is 'x'; leave it"),
         (
             {"training": {"max_steps": -1}, "data": {"streaming": True}},
             "training.max_steps is -1; data.streaming needs",

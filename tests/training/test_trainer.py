@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 
+from layerskip_vllm.training.layer_dropout import LayerDropout
 from layerskip_vllm.training.settings import LayerSkipSettings
 from layerskip_vllm.training.trainer import LayerSkipTrainer
 from tests.support.checkpoints import CONFIGS, VOCAB_SIZE
@@ -136,6 +137,33 @@ def test_logs_have_each_exits_mean_over_its_own_steps_when_logged_less_often(tmp
         losses = [entry[key] for entry in by_step if key in entry]
         assert len(losses) == (6 if exit_layer == 4 else 2)
         assert whole[key] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_gradual_curriculum_knows_the_length_of_the_training(tmp_path):
+    settings = LayerSkipSettings(0.0, e_scale=1.0, exit_scale="flat", curriculum="gradual")
+    trainer = make_trainer(tmp_path, settings, max_steps=8)
+    trainer.train()
+
+    exits = [sum("exit" in key for key in entry) for entry in step_logs(trainer)]
+    assert exits == [1, 2, 3, 4, 4, 4, 4, 4]  # one more every T / (2 L) = 1 steps
+
+
+def test_layer_dropout_knows_the_length_of_the_training(tmp_path, monkeypatch):
+    probs = []
+    drop_prob = LayerDropout.drop_prob
+
+    def record(self: LayerDropout, layer_idx: int) -> float:
+        prob = drop_prob(self, layer_idx)
+        if layer_idx == NUM_LAYERS - 1:
+            probs.append(prob)
+        return prob
+
+    monkeypatch.setattr(LayerDropout, "drop_prob", record)
+    settings = LayerSkipSettings(0.5, time_schedule="decreasing", e_scale=0.0, rotation=4)
+    make_trainer(tmp_path, settings, max_steps=6).train()
+
+    # By step, without repetitions: a layer asks more than once.
+    assert list(dict.fromkeys(probs)) == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
 
 
 @pytest.mark.parametrize("target", ["labels", "last_layer"])
