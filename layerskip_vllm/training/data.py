@@ -1,77 +1,24 @@
-"""Training data: Hugging Face data sets and local files, as rows of token ids.
+"""Training data as rows of token ids.
 
 Text is packed: documents, each with an end-of-text token, follow one another in rows of one length.
 Prompts with completions can have a row each.
 """
 
-import glob
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from layerskip_vllm.checkpoints import check_positive_int
+from layerskip_vllm.training.data_sources import DataSource, Rows, load_texts
 from layerskip_vllm.training.early_exit_loss import IGNORED_LABEL
 
-Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 Columns = dict[str, list[list[int]]]
 PACKED_DOCUMENTS = 1000  # documents that are packed together; their last row is filled up
 SHUFFLE_BUFFER = 10_000  # rows of a stream that are shuffled together
-# How `datasets` reads a file, by its suffix; of any other, the whole file is one text.
-_READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".parquet": ("parquet", {}),
-    ".csv": ("csv", {}),
-    # Quotes in tab-separated files, TOPv2's too, are characters like others.
-    ".tsv": ("csv", {"delimiter": "\t", "quoting": 3}),
-}
-_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """One data set.
-
-    Attributes:
-        path: A local file or a pattern such as `corpus/**/*.py`, or a data set's name on the hub.
-            Files are read by their suffix: .jsonl, .json, .csv, .tsv and .parquet have columns, any
-            other file is one text. Compressed ones are read too.
-        config_name: The hub data set's configuration.
-        data_dir: The folder in the hub data set.
-        split: The split.
-        text: The column that has the text.
-        prompt: Instead of `text`, a template with columns' names in braces; nothing is learned from
-            what it makes.
-        completion: The template of what follows the prompt, and is learned.
-        weight: The share of this source in the rows, relative to the others'. Without it sources
-            follow one another whole.
-
-    Raises:
-        ValueError: Only one of `prompt` and `completion` is given, or `weight` is not positive.
-    """
-
-    path: str
-    config_name: str | None = None
-    data_dir: str | None = None
-    split: str = "train"
-    text: str = "text"
-    prompt: str | None = None
-    completion: str | None = None
-    weight: float | None = None
-
-    def __post_init__(self) -> None:
-        if (self.prompt is None) != (self.completion is None):
-            raise ValueError(
-                f"prompt is {self.prompt!r} and completion is {self.completion!r}; give both, or "
-                "neither for plain text."
-            )
-        if self.weight is not None and self.weight <= 0:
-            raise ValueError(f"weight is {self.weight}; it must be above 0.")
 
 
 @dataclass(frozen=True)
@@ -154,7 +101,7 @@ def load_rows(
 
 def _make_rows(source: DataSource, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """Rows of one data set, in its order."""
-    texts = _load(source, config.streaming)
+    texts = load_texts(source, config.streaming)
     columns = texts.column_names
     if columns is None:  # a stream may have to be looked into
         columns = list(next(iter(texts)))
@@ -174,29 +121,6 @@ def _make_rows(source: DataSource, config: DataConfig, tokenizer: PreTrainedToke
 
     return texts.map(
         make_rows, batched=True, batch_size=PACKED_DOCUMENTS, remove_columns=columns, **workers
-    )
-
-
-def _load(source: DataSource, streaming: bool) -> Rows:
-    files = sorted(path for path in glob.glob(source.path, recursive=True) if Path(path).is_file())
-    if files:
-        suffixes = [suffix for suffix in Path(files[0]).suffixes if suffix not in _COMPRESSIONS]
-        suffix = suffixes[-1] if suffixes else ""
-        reader, options = _READERS.get(suffix, ("text", {"sample_by": "document"}))
-        # The split is the user's name for these files, maybe with a slice: train[:1000].
-        data_files = {source.split.partition("[")[0]: files}
-        return datasets.load_dataset(
-            reader, data_files=data_files, split=source.split, streaming=streaming, **options
-        )
-    is_pattern = any(character in source.path for character in "*?[")
-    if is_pattern or source.path.startswith((".", "/", "~")) or Path(source.path).suffix:
-        raise ValueError(f"path is {source.path!r}, and there is no such file.")
-    return datasets.load_dataset(
-        source.path,
-        source.config_name,
-        data_dir=source.data_dir,
-        split=source.split,
-        streaming=streaming,
     )
 
 

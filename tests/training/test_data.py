@@ -12,7 +12,8 @@ import pytest
 import torch
 import transformers
 
-from layerskip_vllm.training.data import DataConfig, DataSource, collate, load_rows
+from layerskip_vllm.training.data import DataConfig, collate, load_rows
+from layerskip_vllm.training.data_sources import DataSource
 from tests.support.checkpoints import EOS_TOKEN_ID, make_checkpoint
 
 TOPV2 = [
@@ -185,15 +186,19 @@ def test_changed_file_is_read_anew_when_its_path_is_the_same(tmp_path, tokenizer
     [
         ({"path": "/nowhere/*.txt"}, "path is '/nowhere/.*.txt', and there is no such file"),
         ({"path": "missing.jsonl"}, "path is 'missing.jsonl', and there is no such file"),
+        ({"path": "mixed/*"}, "files are of several kinds \\(text, json\\); give a source to each"),
         ({"text": "body"}, "text is 'body'; it must be one of .* columns, text, n"),
         ({"prompt": "{x}", "completion": "{n}"}, "prompt is '{x}'; it must name columns"),
         ({"prompt": "{n}", "completion": "{"}, "completion is '{'; it must name columns"),
     ],
 )
 def test_load_names_what_is_wrong_when_files_or_columns_are_missing(
-    tmp_path, tokenizer, source, message
+    tmp_path, tokenizer, source, message, monkeypatch
 ):
     path = write(tmp_path / "a.jsonl", '{"text": "x", "n": 1}\n')
+    write(tmp_path / "mixed/a.py", "x")
+    write(tmp_path / "mixed/b.jsonl", "{}")
+    monkeypatch.chdir(tmp_path)
 
     with pytest.raises(ValueError, match=message):
         load(tokenizer, DataSource(**{"path": path, **source}))
