@@ -16,7 +16,7 @@ from layerskip_vllm.cost_model import bound_speedup
 from layerskip_vllm.exits.config import ExitsConfig
 from layerskip_vllm.exits.held_out_text import HeldOutText
 from layerskip_vllm.exits.report import Draft, Exit, ExitReport
-from layerskip_vllm.training.early_exit_loss import find_decoder_parts
+from layerskip_vllm.training.decoder import find_decoder_parts
 from layerskip_vllm.training.exit_evaluation import (
     exit_matches,
     measure_held_out,
@@ -165,7 +165,7 @@ def read_draft_shares(model: nn.Module) -> list[float]:
         head, as a share of those of all layers and the head.
     """
     parts = find_decoder_parts(model)
-    reads = [_num_bytes(parts.lm_head)]
+    reads = [_num_bytes(parts.head)]
     for layer in parts.layers:
         reads.append(reads[-1] + _num_bytes(layer))
     return [read / reads[-1] for read in reads]

@@ -8,90 +8,18 @@ Source: LayerSkip, arXiv 2404.16710, section 4.1.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, get_args
 
 import torch
-from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+
+from layerskip_vllm.training.decoder import DecoderParts
 
 ExitScale = Literal["sum", "flat"]
 ExitTarget = Literal["labels", "last_layer"]
 IGNORED_LABEL = -100  # what `cross_entropy` leaves out
-
-
-@dataclass(frozen=True)
-class DecoderParts:
-    """The parts of a decoder-only language model that LayerSkip works on.
-
-    Attributes:
-        layers: The decoder layers, in order.
-        norm: The final norm, which every exit shares.
-        lm_head: The head from hidden states to logits, which every exit shares.
-    """
-
-    layers: nn.ModuleList
-    norm: nn.Module
-    lm_head: nn.Module
-
-
-def find_decoder_parts(model: nn.Module) -> DecoderParts:
-    """Finds the parts of a Hugging Face causal language model laid out as Llama is.
-
-    Args:
-        model: The model, with its head.
-
-    Returns:
-        Its own modules, not copies.
-
-    Raises:
-        ValueError: The model has no `model.layers`, no `model.norm` or no output embeddings.
-    """
-    inner = getattr(model, "model", None)
-    layers, norm = getattr(inner, "layers", None), getattr(inner, "norm", None)
-    lm_head = getattr(model, "lm_head", None)
-    if (
-        not isinstance(layers, nn.ModuleList)
-        or not isinstance(norm, nn.Module)
-        or not isinstance(lm_head, nn.Module)
-    ):
-        raise ValueError(
-            f"model must have model.layers, model.norm and lm_head, {type(model).__name__} has not."
-        )
-    return DecoderParts(layers, norm, lm_head)
-
-
-@contextmanager
-def capture_layer_outputs(
-    layers: Sequence[nn.Module], layer_indices: Iterable[int]
-) -> Iterator[dict[int, torch.Tensor]]:
-    """Collects the outputs of some layers while a forward pass runs inside the `with`.
-
-    Args:
-        layers: The model's decoder layers, all of them, in order.
-        layer_indices: Which to collect from.
-
-    Yields:
-        A dict that fills up as layers run: layer index to x_{l+1},
-        `[batch_size, seq_len, hidden_size]`, before the final norm.
-    """
-    outputs: dict[int, torch.Tensor] = {}
-
-    def make_hook(layer_idx: int) -> Callable[[nn.Module, object, Any], None]:
-        def hook(_module: nn.Module, _args: object, output: Any) -> None:
-            outputs[layer_idx] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    handles = [layers[i].register_forward_hook(make_hook(i)) for i in layer_indices]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class ExitCurriculum(ABC):
@@ -247,7 +175,11 @@ class EarlyExitLoss:
         ]
 
     def compute(
-        self, layer_outputs: Mapping[int, torch.Tensor], labels: torch.Tensor, step: int
+        self,
+        layer_outputs: Mapping[int, torch.Tensor],
+        labels: torch.Tensor,
+        step: int,
+        num_labels: torch.Tensor | int | None = None,
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """Returns the loss to train on, and each active exit's own loss.
 
@@ -256,10 +188,12 @@ class EarlyExitLoss:
             labels: `[batch_size, seq_len] int64`, the token to predict at each place (shifted
                 already), -100 where there is none.
             step: The training step, for the curriculum.
+            num_labels: What sums over tokens are divided by: when gradients are accumulated, the
+                labels of all of the step's micro-batches. Those of this one when None.
 
         Returns:
-            The weighted loss, `[] float32`, and layer index to that exit's mean cross-entropy with
-            its target, `[] float32`, detached.
+            The weighted loss, `[] float32`, and layer index to that exit's cross-entropy with its
+            target, `[] float32`, detached.
         """
         shares = exit_shares(self.scales, self.active_layers(step))
         last = len(self.scales) - 1
@@ -274,6 +208,7 @@ class EarlyExitLoss:
                 layer_outputs[layer_idx],
                 labels,
                 None if layer_idx == last else soft_labels,
+                num_labels,
             )
             if self.recompute_logits:
                 loss = checkpoint(self._exit_loss, *arguments, use_reentrant=False)
@@ -284,14 +219,23 @@ class EarlyExitLoss:
         return total, losses
 
     def _exit_loss(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor, soft_labels: torch.Tensor | None
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor,
+        soft_labels: torch.Tensor | None,
+        num_labels: torch.Tensor | int | None,
     ) -> torch.Tensor:
         logits, labels = self._logits(hidden_states), labels.flatten()
+        reduction = "mean" if num_labels is None else "sum"
         if soft_labels is None:
-            return functional.cross_entropy(logits, labels)
-        is_label = labels != IGNORED_LABEL
-        return functional.cross_entropy(logits[is_label], soft_labels[is_label])
+            loss = functional.cross_entropy(logits, labels, reduction=reduction)
+        else:
+            is_label = labels != IGNORED_LABEL
+            loss = functional.cross_entropy(
+                logits[is_label], soft_labels[is_label], reduction=reduction
+            )
+        return loss if num_labels is None else loss / num_labels
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[batch_size * seq_len, vocab_size] float32`."""
-        return self.parts.lm_head(self.parts.norm(hidden_states)).float().flatten(0, -2)
+        return self.parts.compute_logits(hidden_states).float().flatten(0, -2)

@@ -1,13 +1,11 @@
 """Any layer of a Hugging Face model through the model's own head; called by `exit_evaluation`."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from layerskip_vllm.training.early_exit_loss import capture_layer_outputs, find_decoder_parts
+from layerskip_vllm.training.decoder import capture_layer_outputs, find_decoder_parts
 
 MAX_LOGITS_AT_ONCE = 2**25  # 128 MiB in float32; a loss takes as much again
 
@@ -15,15 +13,15 @@ MAX_LOGITS_AT_ONCE = 2**25  # 128 MiB in float32; a loss takes as much again
 class ExitHead:
     """Unembeds any layer's output as the model does its last layer's.
 
-    The model's own forward runs around its layers, so what it does to logits besides the head
-    (Gemma 2 caps them, Granite scales them) is done to every exit's.
+    Done as `DecoderParts.compute_logits` does, in parts that fit in memory, and checked to be what
+    the model itself makes of its last layer.
 
     Args:
         model: A Hugging Face causal language model.
 
     Raises:
         ValueError: If the model's logits are not what this makes of its last layer's output, or it
-            is not laid out as Llama is.
+            has no parts that `find_decoder_parts` knows.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -34,13 +32,7 @@ class ExitHead:
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Returns `[num_tokens, vocab_size] float32` from a layer's `[num_tokens, hidden_size]`."""
-        inner = self.model.model
-        inner.forward = self._norm_alone
-        try:
-            output = self.model(inputs_embeds=hidden_states[None], use_cache=False)
-        finally:
-            del inner.forward
-        return output.logits[0].float()
+        return self.parts.compute_logits(hidden_states[None])[0].float()
 
     def iter_logits(self, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yields the same in parts of at most `chunk_size` tokens, so that they fit in memory."""
@@ -51,11 +43,8 @@ class ExitHead:
         """Returns layer index to x_{l+1}, `[batch_size, seq_len, hidden_size]`."""
         layers = self.parts.layers
         with capture_layer_outputs(layers, range(len(layers))) as outputs:
-            self.model.model(input_ids=token_ids, use_cache=False)
+            self.parts.decoder(input_ids=token_ids, use_cache=False)
         return outputs
-
-    def _norm_alone(self, inputs_embeds: torch.Tensor, **_: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=self.parts.norm(inputs_embeds))
 
     @torch.inference_mode()
     def _check(self) -> None:

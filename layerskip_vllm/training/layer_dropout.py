@@ -15,6 +15,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from layerskip_vllm.training.decoder import replace_forward
+
 DepthSchedule = Literal["exponential", "linear", "constant"]
 TimeSchedule = Literal["constant", "exponential", "decreasing"]
 
@@ -104,7 +106,7 @@ class LayerDropout:
         self._layers = list(layers)
         self._step = 0
         self._micro_batch = 0
-        self._is_attached = False
+        self._undo: list[Callable[[], None]] = []
 
     def attach(self) -> "LayerDropout":
         """Wraps the layers.
@@ -115,19 +117,19 @@ class LayerDropout:
         Raises:
             RuntimeError: It is attached already.
         """
-        if self._is_attached:
+        if self._undo:
             raise RuntimeError("LayerDropout is attached already.")
-        for layer_idx, layer in enumerate(self._layers):
-            layer.forward = self._wrap(layer, layer_idx, layer.forward)
-        self._is_attached = True
+        self._undo = [
+            replace_forward(layer, self._wrap(layer, layer_idx, layer.forward))
+            for layer_idx, layer in enumerate(self._layers)
+        ]
         return self
 
     def detach(self) -> None:
-        """Gives the layers their own `forward` back."""
-        if self._is_attached:
-            for layer in self._layers:
-                del layer.forward
-        self._is_attached = False
+        """Gives the layers the `forward` back that they had."""
+        for undo in self._undo:
+            undo()
+        self._undo = []
 
     def set_step(self, step: int, micro_batch: int = 0) -> None:
         """Says which step's draws the coming forward passes use.
@@ -192,8 +194,11 @@ def _select_samples(value: Any, kept: torch.Tensor, batch_size: int) -> Any:
     """Returns `value` with every per-sample tensor in it, nested ones too, cut to the kept samples.
 
     Raises:
-        ValueError: `value` has a KV cache in it, whose other samples' lengths would not match.
+        ValueError: `value` has a KV cache in it, whose other samples' lengths would not match, or
+            flex attention's mask, which cannot be cut.
     """
+    if type(value).__name__ == "BlockMask":
+        raise ValueError("Layer dropout cannot run with flex attention: use sdpa or eager.")
     if isinstance(value, torch.Tensor):
         is_per_sample = value.dim() >= 2 and value.shape[0] == batch_size
         return value.index_select(0, kept) if is_per_sample else value

@@ -22,13 +22,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from layerskip_vllm.training import stdlib_corpus
-from layerskip_vllm.training.early_exit_loss import (
+from layerskip_vllm.training.decoder import (
     DecoderParts,
+    capture_layer_outputs,
+    find_decoder_parts,
+)
+from layerskip_vllm.training.early_exit_loss import (
     EarlyExitLoss,
     RotationalCurriculum,
-    capture_layer_outputs,
     exit_scales,
-    find_decoder_parts,
 )
 from layerskip_vllm.training.exit_evaluation import (
     exit_matches,

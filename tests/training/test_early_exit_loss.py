@@ -7,15 +7,14 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from layerskip_vllm.training.decoder import capture_layer_outputs, find_decoder_parts
 from layerskip_vllm.training.early_exit_loss import (
     EarlyExitLoss,
     GradualCurriculum,
     NoCurriculum,
     RotationalCurriculum,
-    capture_layer_outputs,
     exit_scales,
     exit_shares,
-    find_decoder_parts,
 )
 
 NUM_LAYERS, VOCAB_SIZE = 4, 32
@@ -301,6 +300,22 @@ def test_capture_removes_its_hooks_when_done():
     assert not outputs
 
 
-def test_find_decoder_parts_names_the_class_when_the_layout_is_another():
-    with pytest.raises(ValueError, match="Linear has not"):
-        find_decoder_parts(nn.Linear(2, 2))
+def test_loss_is_divided_by_the_labels_of_all_micro_batches_when_their_number_is_given():
+    model = make_model()
+    early_exit_loss = EarlyExitLoss(
+        find_decoder_parts(model), exit_scales(NUM_LAYERS, 1.0), NoCurriculum(NUM_LAYERS)
+    )
+    inputs, labels = make_batch()
+    with capture_layer_outputs(model.model.layers, range(NUM_LAYERS)) as outputs:
+        model.model(input_ids=inputs, use_cache=False)
+
+    whole, _ = early_exit_loss.compute(outputs, labels, step=0)
+    num_labels = (labels != -100).sum()
+    halves = [
+        early_exit_loss.compute(
+            {i: output[rows] for i, output in outputs.items()}, labels[rows], 0, num_labels
+        )[0]
+        for rows in (slice(0, 1), slice(1, 3))
+    ]
+
+    torch.testing.assert_close(halves[0] + halves[1], whole)

@@ -60,7 +60,7 @@ def test_logits_are_those_of_a_model_cut_off_there_when_it_has_its_own_way_to_lo
     model = make_model(model_class, config_class, **config)
     head = ExitHead(model)
     logits = head.logits(head.run_layers(TOKEN_IDS)[exit_layer - 1][0])
-    plain = head.parts.lm_head(head.parts.norm(head.run_layers(TOKEN_IDS)[exit_layer - 1][0]))
+    plain = head.parts.head(head.parts.norm(head.run_layers(TOKEN_IDS)[exit_layer - 1][0]))
 
     model.config.num_hidden_layers = exit_layer
     model.model.layers = model.model.layers[:exit_layer]
@@ -97,7 +97,13 @@ def test_model_is_refused_when_more_than_the_norm_comes_after_its_layers():
         ExitHead(make_model(DoubledForCausalLM, LlamaConfig))
 
 
-def test_model_is_refused_when_it_is_not_laid_out_as_llama_is():
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16))
-    with pytest.raises(ValueError, match=r"model must have model\.layers.*GPT2LMHeadModel has not"):
-        ExitHead(model)
+@torch.inference_mode()
+def test_exit_is_that_of_the_model_cut_off_when_its_parts_are_named_as_gpt2s_are():
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=2, n_embd=8, n_head=1, vocab_size=16, initializer_range=0.5)
+    model = GPT2LMHeadModel(config).eval()
+    head = ExitHead(model)
+    logits = head.logits(head.run_layers(TOKEN_IDS)[0][0])
+
+    model.transformer.h = model.transformer.h[:1]
+    assert torch.allclose(logits, model(TOKEN_IDS, use_cache=False).logits[0], atol=1e-5)

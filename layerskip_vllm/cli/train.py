@@ -1,0 +1,59 @@
+"""`layerskip-vllm train [CONFIG]`: train a model for early exit, by a YAML file or a ready recipe.
+
+What it does is in `layerskip_vllm.training`, which needs the `train` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand to the parser of `layerskip-vllm`."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train a model for early exit, by a YAML config or a ready recipe",
+        description="Train a model for early exit. Run again after it was stopped, it goes on from "
+        "its last checkpoint. Without CONFIG it lists the ready recipes.",
+    )
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file or a recipe")
+    parser.add_argument(
+        "assignments",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="a value to set over the config's, such as training.output_dir=out",
+    )
+    parser.add_argument("--print", action="store_true", help="print the config's text, to edit it")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """List, print or train, and return the exit status."""
+    try:
+        from layerskip_vllm.training import run as training_run
+        from layerskip_vllm.training import run_config
+    except ImportError as error:
+        return _fail(f"{error}; training needs pip install 'layerskip-vllm[train]'")
+    if args.config is None:
+        for name, title in run_config.list_recipes().items():
+            print(f"{name:24} {title}")
+        return 0
+    try:
+        if args.print:
+            print(run_config.read_config_text(args.config), end="")
+            return 0
+        config = run_config.load_config(args.config, args.assignments)
+        trainer = training_run.prepare(config)
+    except (ValueError, OSError) as error:
+        return _fail(str(error))
+    training_run.train(trainer, config)
+    if trainer.is_world_process_zero():
+        print(training_run.describe_result(trainer))
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"layerskip-vllm train: error: {message}", file=sys.stderr)
+    return 1

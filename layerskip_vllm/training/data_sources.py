@@ -1,0 +1,116 @@
+"""Where training data comes from: Hugging Face data sets and local files, as columns of text.
+
+`data` turns what is loaded here into rows of token ids.
+"""
+
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+# How `datasets` reads a file, by its suffix.
+_READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".csv": ("csv", {}),
+    # Quotes in tab-separated files, TOPv2's too, are characters like others.
+    ".tsv": ("csv", {"delimiter": "\t", "quoting": 3}),
+}
+_WHOLE_TEXT: tuple[str, dict[str, Any]] = ("text", {"sample_by": "document"})
+_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One data set.
+
+    Attributes:
+        path: A local file or a pattern such as `corpus/**/*.py`, or a data set's name on the hub.
+            Files are read by their suffix: .jsonl, .json, .csv, .tsv and .parquet have columns, any
+            other file is one text. Compressed ones are read too.
+        config_name: The hub data set's configuration.
+        data_dir: The folder in the hub data set.
+        split: The split.
+        text: The column that has the text.
+        prompt: Instead of `text`, a template with columns' names in braces; nothing is learned from
+            what it makes.
+        completion: The template of what follows the prompt, and is learned.
+        weight: The share of this source in the rows, relative to the others'. Without it sources
+            follow one another whole.
+
+    Raises:
+        ValueError: Only one of `prompt` and `completion` is given, or `weight` is not positive.
+    """
+
+    path: str
+    config_name: str | None = None
+    data_dir: str | None = None
+    split: str = "train"
+    text: str = "text"
+    prompt: str | None = None
+    completion: str | None = None
+    weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError(
+                f"prompt is {self.prompt!r} and completion is {self.completion!r}; give both, or "
+                "neither for plain text."
+            )
+        if self.weight is not None and self.weight <= 0:
+            raise ValueError(f"weight is {self.weight}; it must be above 0.")
+
+
+def load_texts(source: DataSource, streaming: bool) -> Rows:
+    """Loads a data set as it is.
+
+    Args:
+        source: Which.
+        streaming: Whether it is read while it is used.
+
+    Returns:
+        Its columns.
+
+    Raises:
+        ValueError: There are no such files, or they are of several kinds.
+    """
+    files = sorted(path for path in glob.glob(source.path, recursive=True) if Path(path).is_file())
+    if files:
+        reader, options = _find_reader(source.path, files)
+        # The split is the user's name for these files, maybe with a slice: train[:1000].
+        data_files = {source.split.partition("[")[0]: files}
+        return datasets.load_dataset(
+            reader, data_files=data_files, split=source.split, streaming=streaming, **options
+        )
+    looks_local = source.path.startswith((".", "/", "~")) or any(c in source.path for c in "*?[")
+    has_suffix = Path(source.path).suffix in (*_READERS, *_COMPRESSIONS, ".txt")
+    if (looks_local or has_suffix) and not Path(source.path).is_dir():
+        raise ValueError(f"path is {source.path!r}, and there is no such file.")
+    return datasets.load_dataset(
+        source.path,
+        source.config_name,
+        data_dir=source.data_dir,
+        split=source.split,
+        streaming=streaming,
+    )
+
+
+def _find_reader(path: str, files: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Returns `datasets`' reader for some files, and its options."""
+    found = []
+    for file in files:
+        suffixes = [suffix for suffix in Path(file).suffixes if suffix not in _COMPRESSIONS]
+        reader = _READERS.get(suffixes[-1] if suffixes else "", _WHOLE_TEXT)
+        if reader not in found:
+            found.append(reader)
+    if len(found) > 1:
+        names = ", ".join(name for name, _ in found)
+        raise ValueError(
+            f"path is {path!r}, whose files are of several kinds ({names}); give a source to each."
+        )
+    return found[0]

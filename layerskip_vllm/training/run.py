@@ -1,0 +1,156 @@
+"""A training run from its config to a checkpoint that transformers and vLLM load.
+
+`layerskip-vllm train` calls it. Run again after a stop, it goes on from its last checkpoint.
+"""
+
+import functools
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from layerskip_vllm.checkpoints import CONFIG_KEY
+from layerskip_vllm.training.data import collate, load_rows
+from layerskip_vllm.training.run_config import ModelConfig, RunConfig
+from layerskip_vllm.training.trainer import LayerSkipTrainer
+
+RUN_FILE = "layerskip_run.json"
+STATE_FILE = "trainer_state.json"  # the Trainer writes it last into a checkpoint's folder
+
+
+def prepare(config: RunConfig) -> LayerSkipTrainer:
+    """Loads all that a run needs, and checks that it goes together.
+
+    Args:
+        config: The run's config.
+
+    Returns:
+        The trainer, ready for `train`.
+
+    Raises:
+        ValueError: Something does not go together, or `output_dir` holds a run of another config.
+    """
+    args = config.make_arguments()
+    check_same_run(Path(args.output_dir), config)
+    set_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer or config.model.path)
+    model = load_model(config.model, tokenizer)
+    with args.main_process_first(desc="reading the data"):
+        train_rows, eval_rows = (
+            load_rows(sources, config.data, tokenizer, args.data_seed or args.seed)
+            if sources
+            else None
+            for sources in (config.data.train, config.data.evaluation)
+        )
+    return LayerSkipTrainer(
+        model,
+        args,
+        config.layerskip,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        data_collator=functools.partial(collate, filler_id=tokenizer.eos_token_id),
+    )
+
+
+def train(trainer: LayerSkipTrainer, config: RunConfig) -> None:
+    """Trains, from the last checkpoint in `output_dir` if there is one, and saves the result there.
+
+    Args:
+        trainer: What `prepare` returned.
+        config: The config it was made from.
+    """
+    output_dir = Path(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / RUN_FILE).write_text(json.dumps(identify(config), indent=2) + "\n")
+    last_checkpoint = find_last_checkpoint(output_dir)
+    trainer.train(resume_from_checkpoint=None if last_checkpoint is None else str(last_checkpoint))
+    trainer.save_model()
+    trainer.save_state()
+
+
+def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Loads the checkpoint to start from, or makes a model of random weights.
+
+    Args:
+        config: Which.
+        tokenizer: What it is trained with.
+
+    Returns:
+        The model, in `config.dtype`.
+
+    Raises:
+        ValueError: The model has fewer tokens than the tokenizer.
+    """
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    if config.config is None:
+        model = AutoModelForCausalLM.from_pretrained(config.path, **options)
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.config), **options)
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > num_embeddings:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens and the model {num_embeddings}; the model "
+            "must have as many or more."
+        )
+    return model
+
+
+def identify(config: RunConfig) -> dict[str, Any]:
+    """Returns what makes a run this run; resuming with another would be neither run."""
+    sections = {name: asdict(getattr(config, name)) for name in ("model", "data", "layerskip")}
+    return json.loads(json.dumps(sections))
+
+
+def check_same_run(output_dir: Path, config: RunConfig) -> None:
+    """Checks that a folder's checkpoints, if any, are of this run.
+
+    Args:
+        output_dir: The folder.
+        config: The run's config.
+
+    Raises:
+        ValueError: They are of another run.
+    """
+    if not (output_dir / RUN_FILE).is_file() or find_last_checkpoint(output_dir) is None:
+        return
+    before = json.loads((output_dir / RUN_FILE).read_text())
+    for section, values in identify(config).items():
+        for name, value in values.items():
+            if before.get(section, {}).get(name) != value:
+                raise ValueError(
+                    f"training.output_dir is {str(output_dir)!r}, whose run has {section}.{name} "
+                    f"{before.get(section, {}).get(name)!r}, not {value!r}; choose another folder, "
+                    "or remove that run's checkpoints."
+                )
+
+
+def find_last_checkpoint(output_dir: Path) -> Path | None:
+    """Returns the newest checkpoint's folder that was written to its end, None without any."""
+    folders = [path.parent for path in output_dir.glob(f"checkpoint-*/{STATE_FILE}")]
+    return max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+
+def describe_result(trainer: LayerSkipTrainer) -> str:
+    """Returns what to tell the user at the end."""
+    folder = os.path.normpath(trainer.args.output_dir)
+    entry = getattr(trainer.layer_skip.model.config, CONFIG_KEY)
+    settings = ", ".join(f"{key} {value}" for key, value in entry.items())
+    return (
+        f"Saved {folder}, which drafts with {settings}. Serve it with: "
+        f"vllm serve {folder} --speculative-model=layerskip"
+    )
