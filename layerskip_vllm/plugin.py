@@ -10,7 +10,10 @@ import functools
 import importlib
 import importlib.util
 import os
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+import wrapt
 
 from layerskip_vllm.hooks import Hook, check_version, install
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 SKIP_VERSION_CHECK = "VLLM_LAYERSKIP_SKIP_VERSION_CHECK"
 REGISTRY = "vllm.v1.spec_decode.registry"
+LOADERS = "vllm.model_executor.model_loader"
 
 
 def register() -> None:
@@ -44,6 +48,15 @@ def register() -> None:
     else:
         install(MENDS)
         _register_method()
+    wrapt.when_imported(LOADERS)(_register_load_format)
+
+
+def _register_load_format(loaders: ModuleType) -> None:
+    """Add `first_layers` to vLLM's load formats, which are open to plugins."""
+    from layerskip_vllm.first_layers import LOAD_FORMAT, FirstLayersLoader
+
+    if LOAD_FORMAT not in loaders._LOAD_FORMAT_TO_MODEL_LOADER:
+        loaders.register_model_loader(LOAD_FORMAT)(FirstLayersLoader)
 
 
 def _register_method() -> None:
