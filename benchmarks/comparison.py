@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.client import Completion, Round
-from benchmarks.metrics import SpecDecodeCounters
+from layerskip_vllm.watch.counters import SpecDecodeCounters
 
 
 @dataclass(frozen=True)

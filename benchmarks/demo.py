@@ -21,7 +21,6 @@ from rich.console import Console
 from benchmarks.client import StreamError
 from benchmarks.comparison import Comparison, compare
 from benchmarks.hardware import describe_hardware, list_gpu_names
-from benchmarks.metrics import SpecDecodeCounters, parse_spec_decode_counters
 from benchmarks.picture import draw_comparison
 from benchmarks.report import RunSetting, build_table, write_json
 from benchmarks.rounds import ask, measure_in_turns
@@ -29,6 +28,7 @@ from benchmarks.serving import Server, ServerError
 from benchmarks.vllm_command import LAYERSKIP, PLAIN, build_commands, build_env, resolve_vllm
 from layerskip_vllm.checkpoints import default_settings
 from layerskip_vllm.training.stdlib_corpus import held_out_prompts
+from layerskip_vllm.watch.counters import SpecDecodeCounters, parse_spec_decode_counters
 
 _DEFAULT_MODEL = "checkpoints/stdlib-24l"
 _DEFAULT_OUTPUT_DIR = Path("demo-output")

@@ -8,9 +8,9 @@ from rich.console import Console
 
 from benchmarks.client import Completion, Round
 from benchmarks.comparison import Mismatch, compare, count_same_tokens, summarize_speed
-from benchmarks.metrics import SpecDecodeCounters
 from benchmarks.picture import draw_comparison
 from benchmarks.report import RunSetting, build_table, write_json
+from layerskip_vllm.watch.counters import SpecDecodeCounters
 
 COUNTERS = SpecDecodeCounters(10, 40, 20, (9, 6, 4, 1))
 SETTING = RunSetting(

@@ -103,6 +103,11 @@ class Server:
         return self._process.pid
 
     @property
+    def url(self) -> str:
+        """Its address."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
     def log(self) -> str:
         """What the processes have written so far."""
         return (self.folder / "log").read_text(errors="replace")
@@ -110,11 +115,11 @@ class Server:
     def complete(self, prompt: str, **parameters: Any) -> dict[str, Any]:
         """POST to `/v1/completions`: the response."""
         body = {"model": "model", "prompt": prompt, "temperature": 0, **parameters}
-        return json.loads(self._fetch("/v1/completions", json.dumps(body).encode()))
+        return json.loads(self.fetch("/v1/completions", json.dumps(body).encode()))
 
     def counters(self) -> dict[str, float]:
         """GET `/metrics`: vLLM's `spec_decode` counters by name, and by position after it."""
-        lines = self._fetch("/metrics").splitlines()
+        lines = self.fetch("/metrics").splitlines()
         found = {}
         for line in lines:
             match = re.match(r"vllm:spec_decode_(\w+)_total\{(.*)\} (\S+)$", line)
@@ -123,9 +128,10 @@ class Server:
                 found[match[1] + (f"[{position[1]}]" if position else "")] = float(match[3])
         return found
 
-    def _fetch(self, path: str, body: bytes | None = None) -> str:
+    def fetch(self, path: str, body: bytes | None = None) -> str:
+        """GET a path, or POST JSON to it: the response's text."""
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", body, {"Content-Type": "application/json"}
+            self.url + path, body, {"Content-Type": "application/json"}
         )
         # No proxy of the environment's for this machine itself.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -139,7 +145,7 @@ class Server:
             if self._process.poll() is not None:
                 break
             with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-                self._fetch("/health")
+                self.fetch("/health")
                 return
             time.sleep(0.5)
         status = self._process.poll()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -59,6 +60,31 @@ def test_server_accepts_every_draft_when_all_layers_draft(server: Server) -> Non
         "num_accepted_tokens_per_pos[1]": 3,
         "num_accepted_tokens_per_pos[2]": 3,
     }
+
+
+def test_dashboard_names_only_metrics_that_a_server_has_when_scraped(server: Server) -> None:
+    server.complete("hello", max_tokens=13, ignore_eos=True)
+    scraped = set(re.findall(r"^(vllm:\w+)", server.fetch("/metrics"), re.MULTILINE))
+    dashboard = Path("dashboards/layerskip.json").read_text()
+    named = set(re.findall(r"vllm:\w+", dashboard))
+    assert len(named) > 10
+    assert named <= scraped
+
+
+def test_watch_shows_what_a_server_accepts_when_it_drafts(server: Server) -> None:
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "layerskip_vllm.cli", "watch", server.url, "--once", "--interval=5"],
+        env=environment(COLUMNS="100"),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while watching.poll() is None:
+        server.complete("hello", max_tokens=13, ignore_eos=True)
+    assert watching.stdout is not None
+    shown = watching.stdout.read()
+    assert watching.returncode == 0
+    assert re.search(r"accepted of drafted +100%", shown)
+    assert re.search(r"tokens a verification +4\.00", shown)
 
 
 def test_server_refuses_some_drafts_when_sampling(server: Server) -> None:

@@ -27,6 +27,25 @@ def serve_with_new_weights(scenario: Scenario, change: str) -> Report:
         return server.report()
 
 
+def serve_with_reload(scenario: Scenario, path: str) -> tuple[Report, Report]:
+    """Serve a scenario whose second phase begins with another checkpoint's weights, loaded in place.
+
+    Args:
+        scenario: Its second phase starts after the reload.
+        path: The other checkpoint.
+
+    Returns:
+        What there was to report before the reload, and at the end.
+    """
+    with engine(scenario) as llm:
+        server = Server(llm, scenario)
+        server.run_phase(0)
+        before = server.report()
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        server.run_phase(1)
+        return before, server.report()
+
+
 @torch.inference_mode()
 def _change(layers: torch.nn.ModuleList, change: str) -> None:
     generator = torch.Generator().manual_seed(7)

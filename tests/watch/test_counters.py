@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.metrics import SpecDecodeCounters, parse_spec_decode_counters
+from layerskip_vllm.watch.counters import SpecDecodeCounters, parse_spec_decode_counters
 
 PAGE = """\
 # HELP vllm:generation_tokens_total Number of generation tokens processed.

@@ -1,0 +1,1 @@
+"""`layerskip-vllm watch`: what a running server drafts and accepts, from its `/metrics`."""
