@@ -28,7 +28,7 @@ def serve_with_new_weights(scenario: Scenario, change: str) -> Report:
 
 
 def serve_with_reload(scenario: Scenario, path: str) -> tuple[Report, Report]:
-    """Serve a scenario whose second phase begins with another checkpoint's weights, loaded in place.
+    """Serve a scenario and load another checkpoint's weights in place after its first phase.
 
     Args:
         scenario: Its second phase starts after the reload.
