@@ -70,7 +70,7 @@ class RunConfig:
     Raises:
         ValueError: A key of `training` is unknown, missing, of another type or without use here, or
             both `sequences_per_step` and `gradient_accumulation_steps`, or both `layerskip` and
-            `exit_adapter`, are given.
+            `exit_adapter`, are given, or an adapter is asked for a model of random weights.
     """
 
     model: ModelConfig
@@ -86,6 +86,11 @@ class RunConfig:
             raise ValueError(
                 "layerskip and exit_adapter are both given; with exit_adapter the model is frozen "
                 "and has no layer dropout and no other exits. Leave one out."
+            )
+        if self.exit_adapter is not None and self.model.path is None:
+            raise ValueError(
+                "model.path is None, and exit_adapter is given; an adapter is trained for a model "
+                "that stays as it is, so give its path and not its config."
             )
         if self.training.get("output_dir") is None:
             raise ValueError("training has no 'output_dir', which it must have.")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from typing import Any
 
 from layerskip_vllm.bytes_read import share_of_bytes
 from tests.support.jobs import engine
@@ -16,14 +15,14 @@ class Held:
     """An adapter in a worker.
 
     Attributes:
-        weights: What the drafter's model registers as buffers, by name.
+        weights: What the drafter's model registers as buffers, by name, as lists of numbers.
         dtypes: Of those, as strings.
         parameters: The names of what it registers as parameters.
         target_names: The names of the target's parameters and buffers.
         shares: What `share_of_bytes` gives.
     """
 
-    weights: dict[str, torch.Tensor]
+    weights: dict[str, Any]
     dtypes: set[str]
     parameters: tuple[str, ...]
     target_names: tuple[str, ...]
@@ -37,7 +36,7 @@ def hold(scenario: Scenario) -> Held:
         draft, target = worker.get_draft_model(), worker.model_runner.get_model()
         weights = dict(draft.named_buffers())
         return Held(
-            weights={name: weight.float().clone() for name, weight in weights.items()},
+            weights={name: weight.tolist() for name, weight in weights.items()},
             dtypes={str(weight.dtype) for weight in weights.values()},
             parameters=tuple(name for name, _ in draft.named_parameters()),
             target_names=tuple(

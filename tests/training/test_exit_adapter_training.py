@@ -16,21 +16,11 @@ from torch.nn import functional
 from layerskip_vllm.cli import main
 from layerskip_vllm.exit_adapter import load_exit_adapter
 from layerskip_vllm.training.decoder import capture_layer_outputs, find_decoder_parts
-from layerskip_vllm.training.exit_adapter import (
-    AdaptedExit,
-    ExitAdapterSettings,
-    ExitAdapterTrainer,
-)
+from layerskip_vllm.training.exit_adapter import AdaptedExit, ExitAdapterSettings
 from tests.support.checkpoints import CONFIGS
+from tests.training import test_trainer as trainers
 from tests.training.test_run import small_config
-from tests.training.test_trainer import (
-    NUM_LAYERS,
-    SMALL,
-    make_args,
-    make_rows,
-    step_logs,
-    weights_equal,
-)
+from tests.training.test_trainer import NUM_LAYERS, SMALL, make_rows, step_logs, weights_equal
 
 SETTINGS = ExitAdapterSettings(rank=8, exit_layer=2)
 
@@ -47,19 +37,8 @@ def make_model() -> transformers.PreTrainedModel:
     return model
 
 
-def make_trainer(
-    path: Path,
-    settings: ExitAdapterSettings = SETTINGS,
-    model: Any = None,
-    **arguments: Any,
-) -> ExitAdapterTrainer:
-    return ExitAdapterTrainer(
-        model or make_model(),
-        make_args(path, **arguments),
-        settings,
-        train_dataset=make_rows(),
-        eval_dataset=make_rows(5),
-    )
+def make_trainer(path: Path, settings: Any = SETTINGS, model: Any = None, **arguments: Any) -> Any:
+    return trainers.make_trainer(path, settings, model or make_model(), **arguments)
 
 
 def make_batch() -> dict[str, torch.Tensor]:
@@ -291,6 +270,10 @@ def test_command_trains_an_adapter_and_says_how_to_serve_it(tmp_path, checkpoint
     ("changes", "message"),
     [
         ({"layerskip": {"max_drop_prob": 0.1}}, "layerskip and exit_adapter are both given"),
+        (
+            {"model": {"config": {"model_type": "llama"}, "tokenizer": "x"}},
+            "model.path is None, and exit_adapter is given",
+        ),
         ({"exit_adapter": {"e_scale": 0.2}}, "exit_adapter has the unknown key 'e_scale'; known"),
         ({"exit_adapter": {"rank": "8"}}, "exit_adapter.rank is '8'; it must be an integer"),
         ({"exit_adapter": {"rank": 0}}, "exit_adapter: rank is 0; it must be an integer of at"),
