@@ -12,17 +12,21 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from layerskip_vllm.stages import find_sliceable_model, layers_of
 
 
-def share_of_bytes(target: nn.Module, exit_layer: int) -> tuple[float, float]:
+def share_of_bytes(
+    target: nn.Module, exit_layer: int, exit_adapter: nn.Module | None = None
+) -> tuple[float, float, float]:
     """The parts of a model's weights that a draft step reads.
 
     Args:
         target: The whole model, as vLLM loaded it.
         exit_layer: E, the number of layers that draft.
+        exit_adapter: What a draft step reads besides the model, None for nothing.
 
     Returns:
-        The bytes of the first E layers and those of the head, each as a share of what a whole step
-        reads: all layers and the head. Of an embedding a step reads single rows, and of the norms
-        next to nothing, so neither counts; an embedding that is the head counts as the head.
+        The bytes of the first E layers, of the head and of the exit adapter, each as a share of
+        what a whole step reads: all layers and the head. Of an embedding a step reads single rows,
+        and of the norms next to nothing, so neither counts; an embedding that is the head counts as
+        the head.
     """
     layers = [num_bytes(layer) for layer in layers_of(find_sliceable_model(target))]
     embeddings = [m for m in target.modules() if isinstance(m, VocabParallelEmbedding)]
@@ -30,7 +34,8 @@ def share_of_bytes(target: nn.Module, exit_layer: int) -> tuple[float, float]:
     # Without a head of its own the model unembeds with its embedding.
     head = sum(num_bytes(module) for module in heads or embeddings)
     whole = sum(layers) + head
-    return sum(layers[:exit_layer]) / whole, head / whole
+    adapter = sum(weight.nbytes for weight in exit_adapter.buffers()) if exit_adapter else 0
+    return sum(layers[:exit_layer]) / whole, head / whole, adapter / whole
 
 
 def num_bytes(module: nn.Module) -> int:

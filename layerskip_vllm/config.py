@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.config.speculative import SpeculativeConfig
@@ -14,8 +15,9 @@ from vllm.config.utils import config
 from vllm.logger import init_logger
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
-from layerskip_vllm.checkpoints import Setting, check_positive_int, default_settings
+from layerskip_vllm.checkpoints import DraftSettings, Setting, check_positive_int, default_settings
 from layerskip_vllm.compatibility import check_engine, check_model
+from layerskip_vllm.exit_adapter import read_exit_adapter_config
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -41,7 +43,8 @@ SHARED_SETTINGS = frozenset(
         "enforce_eager",
     }
 )
-KNOWN_KEYS = SHARED_SETTINGS | {"method", "model", "exit_layer"}
+OWN_SETTINGS = ("exit_layer", "exit_adapter")
+KNOWN_KEYS = SHARED_SETTINGS | {"method", "model", *OWN_SETTINGS}
 
 
 @config
@@ -54,6 +57,9 @@ class LayerSkipConfig(SpeculativeConfig):
 
     exit_layer: int = 0
     """E, the number of layers that draft: layers [0, E)."""
+
+    exit_adapter: str | None = None
+    """The folder of the adapter between the exit and the head, None for the plain exit."""
 
     def __post_init__(self) -> None:
         """Take the place of vLLM's search for a draft checkpoint: there is none."""
@@ -71,13 +77,17 @@ class LayerSkipConfig(SpeculativeConfig):
         return 0
 
     def compute_hash(self) -> str:
-        """Hash what shapes the compiled graphs: the target's factors and where drafting exits."""
+        """Hash what shapes the compiled graphs: the target's factors and where drafting exits.
+
+        An exit adapter comes after the compiled stage, whose graph is the same with it and without.
+        """
         return f"{super().compute_hash()}-exit{self.exit_layer}"
 
     def __repr__(self) -> str:
+        adapter = f", exit_adapter={self.exit_adapter!r}" if self.exit_adapter else ""
         return (
             f"LayerSkipConfig(exit_layer={self.exit_layer}, "
-            f"num_speculative_tokens={self.num_speculative_tokens})"
+            f"num_speculative_tokens={self.num_speculative_tokens}{adapter})"
         )
 
 
@@ -106,11 +116,12 @@ def is_layerskip(args: EngineArgs) -> bool:
             raise ValueError(f"the speculative method or model is {name!r}; write it {METHOD!r}.")
     if METHOD in names:
         return True
-    if "exit_layer" in given or "exit-layer" in given:
-        raise ValueError(
-            f"exit_layer is a setting of layerskip alone; add 'method': '{METHOD}' to the "
-            f"speculative config {dict(given)!r}, or leave exit_layer out."
-        )
+    for key in OWN_SETTINGS:
+        if key in given or key.replace("_", "-") in given:
+            raise ValueError(
+                f"{key} is a setting of layerskip alone; add 'method': '{METHOD}' to the "
+                f"speculative config {dict(given)!r}, or leave {key} out."
+            )
     return False
 
 
@@ -139,6 +150,8 @@ def create_layerskip_config(
     defaults = default_settings(
         model_config.model, model_config.hf_config, model_config.get_total_num_hidden_layers()
     )
+    if "exit_adapter" in settings:
+        settings["exit_adapter"], defaults = _read_exit_adapter(settings, model_config)
     exit_layer, num_speculative_tokens = (
         Setting(settings[key], "the user") if key in settings else getattr(defaults, key)
         for key in ("exit_layer", "num_speculative_tokens")
@@ -217,6 +230,38 @@ def _check_settings(settings: dict[str, Any]) -> None:
             "use_local_argmax_reduction is true and draft_sample_method is 'probabilistic', which "
             "needs all logits; use 'greedy' drafts or leave use_local_argmax_reduction out."
         )
+
+
+def _read_exit_adapter(
+    settings: Mapping[str, Any], model_config: ModelConfig
+) -> tuple[str, DraftSettings]:
+    """Check an exit adapter; its folder for all processes, and the E and K that come from it."""
+    given = settings["exit_adapter"]
+    if not isinstance(given, str):
+        raise ValueError(f"exit_adapter is {given!r}; it must be the path of a folder.")
+    folder = Path(given).expanduser().resolve()
+    adapter = read_exit_adapter_config(folder)
+    for name, value in (
+        ("hidden_size", model_config.get_hidden_size()),
+        ("num_hidden_layers", model_config.get_total_num_hidden_layers()),
+    ):
+        if getattr(adapter, name) != value:
+            raise ValueError(
+                f"exit_adapter is {given!r}, which was trained for a model whose {name} is "
+                f"{getattr(adapter, name)}, but {model_config.model} has {value}; it must be the "
+                "model's own."
+            )
+    if settings.get("exit_layer", adapter.exit_layer) != adapter.exit_layer:
+        raise ValueError(
+            f"exit_layer is {settings['exit_layer']}, but exit_adapter {given!r} was trained for "
+            f"exit_layer {adapter.exit_layer}; leave exit_layer out, or leave exit_adapter out."
+        )
+    return str(folder), DraftSettings(
+        *(
+            Setting(value, "the exit adapter")
+            for value in (adapter.exit_layer, adapter.num_speculative_tokens)
+        )
+    )
 
 
 def _check_range(

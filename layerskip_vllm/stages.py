@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import types
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,18 +21,23 @@ from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
+from layerskip_vllm.exit_adapter import ExitAdapter, load_exit_adapter
+
 
 class ExitModel(nn.Module):
-    """The first E layers of a target model, its final norm and its head.
+    """The first E layers of a target model, its final norm, an exit adapter or none, and its head.
 
-    It registers no submodule: the parameters stay the target's alone, and `named_parameters` of
-    neither model finds them twice.
+    Of the target it registers no submodule: the parameters stay the target's alone, and
+    `named_parameters` of neither model finds them twice.
 
     Attributes:
         target: The whole model.
         inner: The module of it that runs the layers.
         stage: The view of `inner` that stops after layer E.
         view: The view of `target` that runs `stage`.
+        exit_adapter: What corrects the stage's outputs for the head, None for nothing. Whole on
+            every rank; its weights are buffers, which vLLM keeps through sleep of level 2, and no
+            part of what a checkpoint's weights are loaded into again.
         attn_layer_names: The attention layers among the first E, by their names in vLLM's forward
             context; their KV cache is what draft steps read and write.
     """
@@ -40,6 +46,7 @@ class ExitModel(nn.Module):
     inner: nn.Module
     stage: nn.Module
     view: nn.Module
+    exit_adapter: ExitAdapter | None
     attn_layer_names: set[str]
 
     def __init__(self, target: nn.Module, exit_layer: int, vllm_config: VllmConfig):
@@ -51,7 +58,8 @@ class ExitModel(nn.Module):
             vllm_config: The configuration that it was built with.
 
         Raises:
-            ValueError: If the model has no such slice, or not its attention layers alone.
+            ValueError: If the model has no such slice, or not its attention layers alone, or if the
+                exit adapter's folder is not (on this machine) what it should be.
         """
         super().__init__()
         inner = find_sliceable_model(target)
@@ -70,6 +78,7 @@ class ExitModel(nn.Module):
         self.__dict__["inner"] = inner
         self.__dict__["stage"] = make_stage(inner, exit_layer, vllm_config, is_eager)
         self.__dict__["view"] = _replace(target, inner, self.stage)
+        self.exit_adapter = _load_exit_adapter(vllm_config)
         if hasattr(target, "get_top_tokens"):
             self.get_top_tokens = target.get_top_tokens
         elif vllm_config.speculative_config.use_local_argmax_reduction:
@@ -84,7 +93,7 @@ class ExitModel(nn.Module):
         positions: torch.Tensor,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run the first E layers and the final norm.
+        """Run the first E layers, the final norm and the exit adapter.
 
         Args:
             input_ids: `[num_tokens] int32`.
@@ -95,11 +104,22 @@ class ExitModel(nn.Module):
             `[num_tokens, hidden_size]`, what `compute_logits` takes.
         """
         assert inputs_embeds is None
-        return self.view(input_ids, positions, None, None)
+        hidden_states = self.view(input_ids, positions, None, None)
+        if self.exit_adapter is None:
+            return hidden_states
+        return self.exit_adapter(hidden_states)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Apply the target's head: `[num_tokens, hidden_size]` to `[num_tokens, vocab_size]`."""
         return self.target.compute_logits(hidden_states)
+
+
+def _load_exit_adapter(vllm_config: VllmConfig) -> ExitAdapter | None:
+    folder = vllm_config.speculative_config.exit_adapter
+    if folder is None:
+        return None
+    adapter = load_exit_adapter(Path(folder)).freeze()
+    return adapter.to(vllm_config.device_config.device, vllm_config.model_config.dtype)
 
 
 def find_sliceable_model(target: nn.Module) -> nn.Module:

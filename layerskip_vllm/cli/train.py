@@ -1,4 +1,4 @@
-"""`layerskip-vllm train [CONFIG]`: train a model for early exit, by a YAML file or a ready recipe.
+"""`layerskip-vllm train [CONFIG]`: train a model, or an adapter of it, for early exit.
 
 What it does is in `layerskip_vllm.training`, which needs the `train` extra.
 """
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         return _fail(str(error))
     training_run.train(trainer, config)
     if trainer.is_world_process_zero():
-        print(training_run.describe_result(trainer))
+        print(training_run.describe_result(trainer, config))
     return 0
 
 

@@ -225,17 +225,44 @@ class EarlyExitLoss:
         soft_labels: torch.Tensor | None,
         num_labels: torch.Tensor | int | None,
     ) -> torch.Tensor:
-        logits, labels = self._logits(hidden_states), labels.flatten()
-        reduction = "mean" if num_labels is None else "sum"
-        if soft_labels is None:
-            loss = functional.cross_entropy(logits, labels, reduction=reduction)
-        else:
-            is_label = labels != IGNORED_LABEL
-            loss = functional.cross_entropy(
-                logits[is_label], soft_labels[is_label], reduction=reduction
-            )
-        return loss if num_labels is None else loss / num_labels
+        return exit_loss(self._logits(hidden_states), labels, soft_labels, num_labels)
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[batch_size * seq_len, vocab_size] float32`."""
         return self.parts.compute_logits(hidden_states).float().flatten(0, -2)
+
+
+def next_token_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Returns labels moved to where they are predicted, `[batch_size, seq_len] int64`."""
+    return functional.pad(labels, (0, 1), value=IGNORED_LABEL)[..., 1:]
+
+
+def exit_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    soft_labels: torch.Tensor | None = None,
+    num_labels: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Returns one exit's cross-entropy with its target.
+
+    Args:
+        logits: `[batch_size * seq_len, vocab_size] float32`.
+        labels: `[batch_size, seq_len] int64`, the token to predict at each place, -100 where there
+            is none.
+        soft_labels: `[batch_size * seq_len, vocab_size] float32`, the probabilities to predict
+            where there is a label, or None to predict the label.
+        num_labels: What the sum over tokens is divided by; the number of labels when None.
+
+    Returns:
+        `[] float32`.
+    """
+    labels = labels.flatten()
+    reduction = "mean" if num_labels is None else "sum"
+    if soft_labels is None:
+        loss = functional.cross_entropy(logits, labels, reduction=reduction)
+    else:
+        is_label = labels != IGNORED_LABEL
+        loss = functional.cross_entropy(
+            logits[is_label], soft_labels[is_label], reduction=reduction
+        )
+    return loss if num_labels is None else loss / num_labels

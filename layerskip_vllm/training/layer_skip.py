@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from layerskip_vllm.training.decoder import (
@@ -17,7 +16,7 @@ from layerskip_vllm.training.decoder import (
     find_decoder_parts,
     replace_forward,
 )
-from layerskip_vllm.training.early_exit_loss import IGNORED_LABEL
+from layerskip_vllm.training.early_exit_loss import next_token_labels
 from layerskip_vllm.training.layer_dropout import LayerDropout
 from layerskip_vllm.training.settings import LayerSkipSettings
 
@@ -145,7 +144,7 @@ class LayerSkip:
     ) -> torch.Tensor:
         """The weighted loss of a forward pass, `[] float32`; the arguments are the model's."""
         if shift_labels is None:
-            shift_labels = functional.pad(labels, (0, 1), value=IGNORED_LABEL)[..., 1:]
+            shift_labels = next_token_labels(labels)
         kwargs["use_cache"] = False
         layer_indices = self._exit_loss.active_layers(self._step)
         with capture_layer_outputs(self._parts.layers, layer_indices) as outputs:

@@ -1,4 +1,4 @@
-"""A training run from its config to a checkpoint that transformers and vLLM load.
+"""A training run from its config to a checkpoint, or an exit adapter, that vLLM loads.
 
 `layerskip-vllm train` calls it. Run again after a stop, it goes on from its last checkpoint.
 """
@@ -21,15 +21,17 @@ from transformers import (
 )
 
 from layerskip_vllm.checkpoints import CONFIG_KEY
+from layerskip_vllm.exit_adapter import WEIGHTS_FILE
 from layerskip_vllm.training.data import collate, load_rows
+from layerskip_vllm.training.exit_adapter import ExitAdapterSettings, ExitAdapterTrainer
 from layerskip_vllm.training.run_config import ModelConfig, RunConfig
-from layerskip_vllm.training.trainer import LayerSkipTrainer
+from layerskip_vllm.training.trainer import LayerSkipTrainer, ResumableTrainer
 
 RUN_FILE = "layerskip_run.json"
 STATE_FILE = "trainer_state.json"  # the Trainer writes it last into a checkpoint's folder
 
 
-def prepare(config: RunConfig) -> LayerSkipTrainer:
+def prepare(config: RunConfig) -> ResumableTrainer:
     """Loads all that a run needs, and checks that it goes together.
 
     Args:
@@ -53,18 +55,19 @@ def prepare(config: RunConfig) -> LayerSkipTrainer:
             else None
             for sources in (config.data.train, config.data.evaluation)
         )
-    return LayerSkipTrainer(
-        model,
-        args,
-        config.layerskip,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        processing_class=tokenizer,
-        data_collator=functools.partial(collate, filler_id=tokenizer.eos_token_id),
-    )
+    settings = config.settings
+    others: dict[str, Any] = {
+        "train_dataset": train_rows,
+        "eval_dataset": eval_rows,
+        "processing_class": tokenizer,
+        "data_collator": functools.partial(collate, filler_id=tokenizer.eos_token_id),
+    }
+    if isinstance(settings, ExitAdapterSettings):
+        return ExitAdapterTrainer(model, args, settings, **others)
+    return LayerSkipTrainer(model, args, settings, **others)
 
 
-def train(trainer: LayerSkipTrainer, config: RunConfig) -> None:
+def train(trainer: ResumableTrainer, config: RunConfig) -> None:
     """Trains, from the last checkpoint in `output_dir` if there is one, and saves the result there.
 
     Args:
@@ -112,7 +115,9 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTr
 
 def identify(config: RunConfig) -> dict[str, Any]:
     """Returns what makes a run this run; resuming with another would be neither run."""
-    sections = {name: asdict(getattr(config, name)) for name in ("model", "data", "layerskip")}
+    name = "layerskip" if config.exit_adapter is None else "exit_adapter"
+    parts: dict[str, Any] = {"model": config.model, "data": config.data, name: config.settings}
+    sections = {name: asdict(part) for name, part in parts.items()}
     return json.loads(json.dumps(sections))
 
 
@@ -145,9 +150,18 @@ def find_last_checkpoint(output_dir: Path) -> Path | None:
     return max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
-def describe_result(trainer: LayerSkipTrainer) -> str:
+def describe_result(trainer: ResumableTrainer, config: RunConfig) -> str:
     """Returns what to tell the user at the end."""
     folder = os.path.normpath(trainer.args.output_dir)
+    if isinstance(trainer, ExitAdapterTrainer):
+        num_bytes = (Path(folder) / WEIGHTS_FILE).stat().st_size
+        speculative = json.dumps({"method": "layerskip", "exit_adapter": folder})
+        return (
+            f"Saved {folder}, the adapter of exit_layer {trainer.adapter.config.exit_layer}, "
+            f"{num_bytes / 1e6:.1f} MB. Serve it with: "
+            f"vllm serve {config.model.path} --speculative-config '{speculative}'"
+        )
+    assert isinstance(trainer, LayerSkipTrainer)
     entry = getattr(trainer.layer_skip.model.config, CONFIG_KEY)
     settings = ", ".join(f"{key} {value}" for key, value in entry.items())
     return (

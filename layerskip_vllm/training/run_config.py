@@ -3,7 +3,7 @@
 `layerskip-vllm train` reads one and gives it to `run`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from layerskip_vllm.checkpoints import check_positive_int
 from layerskip_vllm.training.data import DataConfig
+from layerskip_vllm.training.exit_adapter import ExitAdapterSettings
 from layerskip_vllm.training.settings import LayerSkipSettings
 from layerskip_vllm.training.strict_yaml import check_fields, make_dataclass, override, read_yaml
 
@@ -61,23 +62,36 @@ class RunConfig:
         model: What it starts from.
         data: What it trains on.
         training: `transformers.TrainingArguments` by name, with `output_dir`.
-        layerskip: How it trains for early exit.
+        layerskip: How it trains for early exit; the defaults when None.
+        exit_adapter: How it trains an exit adapter, with the model frozen, instead.
         sequences_per_step: Sequences of an optimizer step over all devices. It sets
             `gradient_accumulation_steps` for as many devices as there are.
 
     Raises:
         ValueError: A key of `training` is unknown, missing, of another type or without use here, or
-            both `sequences_per_step` and `gradient_accumulation_steps` are given.
+            both `sequences_per_step` and `gradient_accumulation_steps`, or both `layerskip` and
+            `exit_adapter`, are given, or an adapter is asked for a model of random weights.
     """
 
     model: ModelConfig
     data: DataConfig
     training: dict[str, Any]
-    layerskip: LayerSkipSettings = field(default_factory=LayerSkipSettings)
+    layerskip: LayerSkipSettings | None = None
+    exit_adapter: ExitAdapterSettings | None = None
     sequences_per_step: int | None = None
 
     def __post_init__(self) -> None:
         self._checked_training()
+        if self.layerskip is not None and self.exit_adapter is not None:
+            raise ValueError(
+                "layerskip and exit_adapter are both given; with exit_adapter the model is frozen "
+                "and has no layer dropout and no other exits. Leave one out."
+            )
+        if self.exit_adapter is not None and self.model.path is None:
+            raise ValueError(
+                "model.path is None, and exit_adapter is given; an adapter is trained for a model "
+                "that stays as it is, so give its path and not its config."
+            )
         if self.training.get("output_dir") is None:
             raise ValueError("training has no 'output_dir', which it must have.")
         if "resume_from_checkpoint" in self.training:
@@ -97,6 +111,11 @@ class RunConfig:
                 f"training.max_steps is {self.training.get('max_steps')!r}; data.streaming needs "
                 "an integer of at least 1, as a stream's length is not known."
             )
+
+    @property
+    def settings(self) -> LayerSkipSettings | ExitAdapterSettings:
+        """How it trains: by `exit_adapter` or `layerskip`, whichever is given."""
+        return self.exit_adapter or self.layerskip or LayerSkipSettings()
 
     def _checked_training(self) -> dict[str, Any]:
         # transformers takes true and false for `fsdp`, whatever its annotation says.

@@ -15,7 +15,23 @@ from layerskip_vllm.training.layer_skip import LayerSkip
 from layerskip_vllm.training.settings import LayerSkipSettings
 
 
-class LayerSkipTrainer(Trainer):
+class ResumableTrainer(Trainer):
+    """A `Trainer` that does no step more when it is resumed from a checkpoint of its last."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(_EndCallback())
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains as `Trainer.train` does, with the same arguments and result."""
+        try:
+            return super().train(*args, **kwargs)
+        except _AlreadyTrained:
+            self.is_in_train = False
+            return TrainOutput(self.state.global_step, 0.0, {})
+
+
+class LayerSkipTrainer(ResumableTrainer):
     """A `Trainer` that trains a causal language model for early exit.
 
     The logs gain `loss_exit_E` for each exit that had a loss since the last log, the whole model's
@@ -54,16 +70,10 @@ class LayerSkipTrainer(Trainer):
         self._num_exit_steps: dict[int, int] = defaultdict(int)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as `Trainer.train` does, with the same arguments and result.
-
-        Differs: resumed from a checkpoint of the last step, the Trainer would do one step more.
-        """
+        """Trains as `Trainer.train` does, with the same arguments and result."""
         self.layer_skip.attach()
         try:
             return super().train(*args, **kwargs)
-        except _AlreadyTrained:
-            self.is_in_train = False
-            return TrainOutput(self.state.global_step, 0.0, {})
         finally:
             self.layer_skip.detach()
 
@@ -141,6 +151,16 @@ class _AlreadyTrained(Exception):
     """The checkpoint to resume from is the training's last."""
 
 
+class _EndCallback(TrainerCallback):
+    """Stops a training that has no steps left; the Trainer would do one more."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            raise _AlreadyTrained
+
+
 class _StartCallback(TrainerCallback):
     """Tells LayerSkip the number of steps once the Trainer knows it."""
 
@@ -150,8 +170,6 @@ class _StartCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
     ) -> None:
-        if state.global_step >= state.max_steps:
-            raise _AlreadyTrained
         self._layer_skip.start(state.max_steps)
 
 
@@ -175,7 +193,7 @@ def check_arguments(args: TrainingArguments, others: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {value!r}; it must be {needed!r}: {reason}.")
     for name in ("compute_loss_func", "model_init"):
         if others.get(name) is not None:
-            raise ValueError(f"{name} is given; LayerSkipTrainer has no use for it, leave it out.")
+            raise ValueError(f"{name} is given; it is of no use here, leave it out.")
     if args.n_gpu > 1:
         raise ValueError(
             f"One process sees {args.n_gpu} GPUs, and DataParallel copies models without their "

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 
+from layerskip_vllm.training.exit_adapter import ExitAdapterSettings, ExitAdapterTrainer
 from layerskip_vllm.training.layer_dropout import LayerDropout
 from layerskip_vllm.training.settings import LayerSkipSettings
 from layerskip_vllm.training.trainer import LayerSkipTrainer
@@ -61,9 +62,12 @@ def make_args(path: Path, **arguments: Any) -> transformers.TrainingArguments:
 
 
 def make_trainer(
-    path: Path, settings: LayerSkipSettings | None, model: Any = None, **arguments: Any
+    path: Path,
+    settings: LayerSkipSettings | ExitAdapterSettings | None,
+    model: Any = None,
+    **arguments: Any,
 ) -> transformers.Trainer:
-    """With LayerSkip, or the plain one when `settings` is None."""
+    """With LayerSkip or an exit adapter, or the plain one when `settings` is None."""
     given = {
         "model": model or make_model(),
         "args": make_args(path, **arguments),
@@ -72,6 +76,8 @@ def make_trainer(
     }
     if settings is None:
         return transformers.Trainer(**given)
+    if isinstance(settings, ExitAdapterSettings):
+        return ExitAdapterTrainer(**given, settings=settings)
     return LayerSkipTrainer(**given, settings=settings)
 
 
@@ -330,6 +336,7 @@ def test_trainer_refuses_settings_that_do_not_fit_the_model(tmp_path):
 
 
 EXITS_ALONE = LayerSkipSettings(0.0, e_scale=1.0, rotation=3)
+ADAPTER = ExitAdapterSettings(rank=8, exit_layer=2)
 FSDP = {
     "fsdp": True,
     "fsdp_config": {
@@ -349,6 +356,7 @@ def train_on_two_ranks(path: Path) -> None:
         "ddp": make_trainer(path / "ddp", EXITS_ALONE, **half),
         # One row a rank, so that layers go without any sample.
         "ddp dropping": make_trainer(path, often, **single, gradient_checkpointing=True),
+        "ddp adapter": make_trainer(path, ADAPTER, **half),
         "fsdp": make_trainer(path / "fsdp", EXITS_ALONE, **half, **FSDP, **saved),
         "fsdp dropping": make_trainer(path, often, **single, **FSDP),
     }
@@ -378,9 +386,13 @@ def test_two_ranks_train_as_one_does_when_the_batch_is_the_same(tmp_path):
         [*command, str(tmp_path / "job.py")], cwd=root, env=environment, check=True, timeout=300
     )
     trainer = make_trainer(tmp_path, EXITS_ALONE, gradient_accumulation_steps=2)
+    adapter = make_trainer(tmp_path, ADAPTER, gradient_accumulation_steps=2)
     trainer.train()
+    adapter.train()
 
     logs = json.loads((tmp_path / "logs.json").read_text())
+    for whole, shared in zip(step_logs(adapter), logs["ddp adapter"], strict=True):
+        assert shared == pytest.approx(whole, rel=1e-4)
     for name in ("ddp", "fsdp", "fsdp resumed"):
         for whole, shared in zip(step_logs(trainer), logs[name], strict=True):
             assert shared == pytest.approx(whole, rel=1e-4)

@@ -1,0 +1,250 @@
+"""Training of an exit adapter: one exit of a frozen model learns to predict what the model does.
+
+`layerskip-vllm train` uses it for a config with `exit_adapter`; so can a script, like `Trainer`.
+"""
+
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from layerskip_vllm.checkpoints import check_positive_int, default_settings
+from layerskip_vllm.exit_adapter import (
+    ExitAdapter,
+    ExitAdapterConfig,
+    load_exit_adapter,
+    save_exit_adapter,
+)
+from layerskip_vllm.training.decoder import capture_layer_outputs, find_decoder_parts
+from layerskip_vllm.training.early_exit_loss import ExitTarget, exit_loss, next_token_labels
+from layerskip_vllm.training.trainer import ResumableTrainer, check_arguments
+
+
+@dataclass(frozen=True)
+class ExitAdapterSettings:
+    """How an exit adapter is trained.
+
+    Attributes:
+        rank: Rank of its low-rank map.
+        exit_layer: E, its exit; a quarter of the layers when None.
+        num_speculative_tokens: K that it says it drafts; 4 when None.
+        target: What it learns to predict: what the "last_layer" does, by which drafts are accepted,
+            or the "labels", for which only the first E layers run.
+
+    Raises:
+        ValueError: A value is out of range whatever the model.
+    """
+
+    rank: int = 128
+    exit_layer: int | None = None
+    num_speculative_tokens: int | None = None
+    target: ExitTarget = "last_layer"
+
+    def __post_init__(self) -> None:
+        check_positive_int("rank", self.rank)
+        for name in ("exit_layer", "num_speculative_tokens"):
+            if getattr(self, name) is not None:
+                check_positive_int(name, getattr(self, name))
+        if self.target not in get_args(ExitTarget):
+            raise ValueError(
+                f"target is {self.target!r}; it must be one of {', '.join(get_args(ExitTarget))}."
+            )
+
+    def make_config(self, hidden_size: int, num_layers: int) -> ExitAdapterConfig:
+        """Returns what the adapter of a model is.
+
+        Args:
+            hidden_size: The model's.
+            num_layers: L, the model's decoder layers.
+
+        Returns:
+            The adapter's config.
+
+        Raises:
+            ValueError: The settings do not fit the model.
+        """
+        defaults = default_settings("", None, num_layers)
+        return ExitAdapterConfig(
+            exit_layer=self.exit_layer or defaults.exit_layer.value,
+            num_speculative_tokens=self.num_speculative_tokens
+            or defaults.num_speculative_tokens.value,
+            rank=self.rank,
+            hidden_size=hidden_size,
+            num_hidden_layers=num_layers,
+        )
+
+
+class AdaptedExit(nn.Module):
+    """One exit of a frozen model, with the adapter as all that it registers and trains.
+
+    Called with labels it returns the exit's loss, as a model does. The model runs without gradients
+    and in eval mode, whatever mode this is in.
+
+    Args:
+        model: A transformers causal language model; its weights need no gradient from now on.
+        settings: How the adapter is trained.
+        seed: Of its first weights.
+
+    Attributes:
+        adapter: What is trained, in float32.
+
+    Raises:
+        ValueError: The model has peft's adapters or no decoder layers, or the settings do not fit.
+    """
+
+    adapter: ExitAdapter
+
+    def __init__(self, model: nn.Module, settings: ExitAdapterSettings, seed: int) -> None:
+        super().__init__()
+        # The Trainer then gives `num_items_in_batch`, and counts labels as it does for a model.
+        self.accepts_loss_kwargs = True
+        self.loss_type = "ForCausalLM"
+        if hasattr(model, "peft_config"):
+            raise ValueError(
+                "The model has peft's adapters, which an exit adapter is not trained beside; call "
+                "merge_and_unload() first, or leave exit_adapter out."
+            )
+        self._parts = find_decoder_parts(model)
+        model.requires_grad_(False).eval()
+        config = settings.make_config(model.config.hidden_size, len(self._parts.layers))
+        self._is_target_last = settings.target == "last_layer"
+        self.adapter = ExitAdapter(config).initialize(seed)
+        self._adapted_parts = replace(
+            self._parts, norm=nn.Sequential(self._parts.norm, self.adapter)
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Computes the exit's loss.
+
+        Args:
+            input_ids: `[batch_size, seq_len] int64`.
+            labels: `[batch_size, seq_len] int64`, not shifted, -100 where there is none.
+            attention_mask: The model's.
+            position_ids: The model's.
+            num_items_in_batch: The labels of the whole step; those of this batch when None.
+
+        Returns:
+            The loss, and no logits.
+        """
+        exit_idx, last_idx = self.adapter.config.exit_layer - 1, len(self._parts.layers) - 1
+        layer_indices = [exit_idx, last_idx] if self._is_target_last else [exit_idx]
+        outputs = self._run_layers(
+            layer_indices,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+        )
+        soft_labels = None
+        if self._is_target_last:
+            with torch.no_grad():
+                soft_labels = _flat(self._parts.compute_logits(outputs[last_idx])).softmax(-1)
+        logits = _flat(self._adapted_parts.compute_logits(outputs[exit_idx]))
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(labels.device)
+        loss = exit_loss(logits, next_token_labels(labels), soft_labels, num_items_in_batch)
+        return CausalLMOutputWithPast(loss=loss)
+
+    @torch.no_grad()
+    def _run_layers(self, layer_indices: list[int], **inputs: Any) -> dict[int, torch.Tensor]:
+        """Runs the model as far as the last of some layers; their outputs by layer index."""
+
+        def stop(*_: Any) -> None:
+            raise _Stop
+
+        layers = self._parts.layers
+        with capture_layer_outputs(layers, layer_indices) as outputs, suppress(_Stop):
+            handle = layers[layer_indices[-1]].register_forward_hook(stop)
+            try:
+                self._parts.decoder(**inputs, use_cache=False)
+            finally:
+                handle.remove()
+        return outputs
+
+
+class _Stop(Exception):
+    """All layers that are needed have run."""
+
+
+def _flat(logits: torch.Tensor) -> torch.Tensor:
+    """`[batch_size * seq_len, vocab_size] float32`."""
+    return logits.float().flatten(0, -2)
+
+
+class ExitAdapterTrainer(ResumableTrainer):
+    """A `Trainer` of an exit adapter.
+
+    The model is neither changed nor saved: checkpoints and what `save_model` writes are the
+    adapter's folder. Evaluation measures the adapter by what it learns.
+
+    Args:
+        model: The model, without peft's adapters.
+        args: The Trainer's arguments.
+        settings: How to train the adapter.
+        **kwargs: The Trainer's other arguments.
+
+    Attributes:
+        adapter: What is trained.
+
+    Raises:
+        ValueError: The settings do not fit the model, or an argument asks for what has no meaning
+            with a frozen model, or for another loss.
+    """
+
+    adapter: ExitAdapter
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        settings: ExitAdapterSettings,
+        **kwargs: Any,
+    ) -> None:
+        check_arguments(args, kwargs)
+        check_adapter_arguments(args)
+        exit_ = AdaptedExit(model, settings, args.seed)
+        model.to(args.device)  # The Trainer moves what the exit registers, the adapter alone.
+        self.adapter = exit_.adapter
+        super().__init__(model=exit_, args=args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        save_exit_adapter(Path(output_dir or self.args.output_dir), self.adapter)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        adapter = load_exit_adapter(Path(resume_from_checkpoint))
+        self.adapter.load_state_dict(adapter.state_dict())
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def check_adapter_arguments(args: TrainingArguments) -> None:
+    """Checks that the Trainer's arguments have a meaning for an adapter of a frozen model.
+
+    Args:
+        args: The Trainer's arguments.
+
+    Raises:
+        ValueError: One of them has none; it is named with its value and what would be right.
+    """
+    for name, is_off, reason in (
+        ("gradient_checkpointing", not args.gradient_checkpointing, "no layer has a gradient"),
+        ("fsdp", not args.fsdp, "each process holds the model whole"),
+        ("deepspeed", args.deepspeed is None, "each process holds the model whole"),
+        ("neftune_noise_alpha", args.neftune_noise_alpha is None, "the model is frozen"),
+    ):
+        if not is_off:
+            raise ValueError(
+                f"{name} is {getattr(args, name)!r}; leave it out with exit_adapter: {reason}."
+            )
