@@ -79,6 +79,19 @@ def test_no_draft_step_is_run_when_no_request_drafts(runner, checkpoint, is_asyn
         assert max(after.draft_lens, default=0) <= step.num_to_draft
 
 
+def test_requests_leave_the_budget_to_others_when_they_draft_less(runner, checkpoint):
+    """Eight tokens a step are two requests without drafts and one with K = 5, all at once."""
+    params = ({"max_tokens": 20, **limit(0)}, {"max_tokens": 20, **limit(0)}, {"max_tokens": 20})
+    requests = tuple(Request(tokens(2, seed), p) for seed, p in enumerate(params))
+    engine = {"max_num_batched_tokens": 8, "max_num_seqs": 4, **DETAILED}
+    scenario = Scenario(str(checkpoint()), requests, layerskip(4, 5), engine)
+    plain, drafted = runner.pair(scenario)
+    assert_same_outputs(plain, drafted)
+    assert [step.num_requests for step in drafted.steps[:5]] == [3] * 5
+    assert [step.draft_lens for step in drafted.steps[:4]] == [(), (5,), (5,), (5,)]
+    assert max(steps_of(drafted, 2)) == 5
+
+
 def test_requests_draft_their_number_when_k_depends_on_batch_size(runner, checkpoint):
     requests = (
         Request(tokens(20), {"max_tokens": 20, **limit(2)}),
