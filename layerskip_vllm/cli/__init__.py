@@ -9,9 +9,9 @@ import argparse
 from collections.abc import Sequence
 
 from layerskip_vllm import __version__
-from layerskip_vllm.cli import doctor, exits, train
+from layerskip_vllm.cli import doctor, exits, train, verify
 
-COMMANDS = (doctor, exits, train)
+COMMANDS = (doctor, exits, train, verify)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
