@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler
 
     from layerskip_vllm.config import LayerSkipConfig
 
@@ -70,6 +73,9 @@ def _register_method() -> None:
             create_speculator=create_speculator,
             add_cli_args=add_cli_args,
             fold_cli_args=fold_cli_args,
+            check_request=check_request,
+            before_schedule=before_schedule,
+            after_schedule=after_schedule,
         )
     )
 
@@ -118,6 +124,29 @@ def fold_cli_args(args: argparse.Namespace) -> argparse.Namespace:
     return fold_exit_layer(args)
 
 
+def check_request(params: SamplingParams, speculative_config: SpeculativeConfig | None) -> None:
+    """Refuse a request that layerskip cannot serve; see `request_args.check_request`."""
+    from layerskip_vllm import request_args
+
+    request_args.check_request(params, speculative_config)
+
+
+def before_schedule(scheduler: Scheduler) -> None:
+    """Cut the drafts that are to be scheduled to what each request asks for."""
+    if is_layerskip_config(scheduler.vllm_config.speculative_config):
+        from layerskip_vllm.request_args import limit_drafts
+
+        limit_drafts(scheduler.running)
+
+
+def after_schedule(scheduler: Scheduler, output: SchedulerOutput) -> None:
+    """Hold the step that has been scheduled to what its requests ask for."""
+    if is_layerskip_config(scheduler.vllm_config.speculative_config):
+        from layerskip_vllm.request_args import limit_step
+
+        limit_step(scheduler, output)
+
+
 def _hook_create_speculative_config(original: Any) -> Any:
     @functools.wraps(original)
     def create_speculative_config(
@@ -149,6 +178,39 @@ def _hook_from_cli_args(original: Any) -> Any:
         return function(cls, fold_cli_args(args))
 
     return classmethod(from_cli_args)
+
+
+def _hook_verify(original: Any) -> Any:
+    @functools.wraps(original)
+    def verify(
+        self: SamplingParams,
+        model_config: ModelConfig,
+        speculative_config: SpeculativeConfig | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        original(self, model_config, speculative_config, *args, **kwargs)
+        check_request(self, speculative_config)
+
+    return verify
+
+
+def _hook_schedule(original: Any) -> Any:
+    @functools.wraps(original)
+    def schedule(self: Scheduler, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        before_schedule(self)
+        return original(self, *args, **kwargs)
+
+    return schedule
+
+
+def _hook_update_after_schedule(original: Any) -> Any:
+    @functools.wraps(original)
+    def _update_after_schedule(self: Scheduler, scheduler_output: SchedulerOutput) -> None:
+        after_schedule(self, scheduler_output)
+        original(self, scheduler_output)
+
+    return _update_after_schedule
 
 
 def _hook_new_proposer(original: Any) -> Any:
@@ -221,6 +283,9 @@ def _hook_reject(original: Any) -> Any:
 
 
 _ARGS = "vllm.engine.arg_utils:EngineArgs"
+_PARAMS = "vllm.sampling_params:SamplingParams"
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_ASYNC_SCHEDULER = "vllm.v1.core.sched.async_scheduler:AsyncScheduler"
 _V1_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _V1_BASE = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
 _V1_DRAFT = "vllm.v1.spec_decode.draft_model:DraftModelProposer"
@@ -252,6 +317,31 @@ METHOD_HOOKS = (
         replace=_hook_from_cli_args,
         relies_on={f"{_ARGS}.from_cli_args": "f408efc21dab6743"},
         why="--spec-exit-layer reaches the speculative config",
+    ),
+    Hook(
+        target=f"{_PARAMS}.verify",
+        replace=_hook_verify,
+        relies_on={f"{_PARAMS}.verify": "0e073adfc689a086"},
+        why="a request's layerskip arguments are checked where it enters",
+    ),
+    Hook(
+        target=f"{_SCHEDULER}.schedule",
+        replace=_hook_schedule,
+        relies_on={
+            f"{_SCHEDULER}.schedule": "9ba0a4e5e57745c0",
+            f"{_SCHEDULER}.update_draft_token_ids": "7def7154cb6ca9e3",
+            f"{_SCHEDULER}.update_draft_token_ids_in_output": "415a6b89624cdd05",
+        },
+        why="a request has no more drafts verified than it asks for",
+    ),
+    Hook(
+        target=f"{_SCHEDULER}._update_after_schedule",
+        replace=_hook_update_after_schedule,
+        relies_on={
+            f"{_SCHEDULER}._update_after_schedule": "42d45acb0beec8b5",
+            f"{_ASYNC_SCHEDULER}._update_after_schedule": "5b71aff1e8c9363b",
+        },
+        why="a step drafts no more tokens than its requests ask for",
     ),
     Hook(
         target=f"{_V1_DRAFT}.__new__",

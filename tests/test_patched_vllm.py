@@ -31,22 +31,39 @@ from layerskip_vllm.plugin import MENDS, METHOD_HOOKS, register
 model = sys.argv[1]
 sizes = dict(dtype="float32", max_model_len=128, max_num_seqs=4, kv_cache_memory_bytes=1 << 24)
 prompts = [{"prompt_token_ids": list(range(2, 2 + n))} for n in (3, 20)]
-greedy = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+def greedy(**kwargs):
+    return SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, **kwargs)
 
-def run(**kwargs):
+def ask(num_drafts):
+    return greedy(extra_args={"layerskip": {"num_speculative_tokens": num_drafts}})
+
+def count_drafts(llm):
+    values = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+    return values["vllm:spec_decode_num_drafts"], values["vllm:spec_decode_num_draft_tokens"]
+
+def run(params, **kwargs):
     llm = LLM(model, enforce_eager=True, disable_log_stats=False, **sizes, **kwargs)
-    outputs = llm.generate(prompts, greedy, use_tqdm=False)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     tokens = [output.outputs[0].token_ids for output in outputs]
     metrics = {m.name: m.value for m in llm.get_metrics() if m.name.endswith("num_accepted_tokens")}
-    return tokens, sum(metrics.values())
+    return llm, tokens, sum(metrics.values())
 
 register()
 register()
 parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
 flags = ["--model", model, "--spec-method", "layerskip", "--spec-exit-layer", "3"]
 from_flags = EngineArgs.from_cli_args(parser.parse_args(flags))
-plain, _ = run()
-drafted, num_accepted = run(speculative_config={"method": "layerskip", "exit_layer": 4})
+_, plain, _ = run([greedy(), greedy()])
+# The first request drafts one token at a time, the second none.
+llm, drafted, num_accepted = run(
+    [ask(1), ask(0)], speculative_config={"method": "layerskip", "exit_layer": 4}
+)
+num_drafts, num_draft_tokens = count_drafts(llm)
+try:
+    llm.generate(prompts, ask(5), use_tqdm=False)
+    refusal = ""
+except ValueError as error:
+    refusal = str(error)
 print("result:" + json.dumps({
     "is_patched": vllm.__file__.startswith(sys.argv[2]),
     "method_hooks": sorted({hook_state(hook) for hook in METHOD_HOOKS}),
@@ -54,6 +71,9 @@ print("result:" + json.dumps({
     "exit_layer": from_flags.create_engine_config().speculative_config.exit_layer,
     "is_equal": plain == drafted,
     "num_accepted": num_accepted,
+    "num_drafts": num_drafts,
+    "num_draft_tokens": num_draft_tokens,
+    "refusal": refusal,
 }))
 """
 
@@ -88,7 +108,8 @@ def test_registry_serves_layerskip_without_method_hooks_when_vllm_is_patched(
     assert result["mends"] == ["applied"]
     assert result["exit_layer"] == 3
     assert result["is_equal"]
-    assert result["num_accepted"] > 0
+    assert 0 < result["num_accepted"] <= result["num_draft_tokens"] == result["num_drafts"]
+    assert "is 5; it must be an integer from 0" in result["refusal"]
 
 
 def _run_script(site: Path, model: Path) -> dict[str, Any]:

@@ -1,16 +1,16 @@
 """Sampled tokens keep the target's distribution, whatever the drafts are.
 
 The prompt is sampled from many times, with plain vLLM twice and with drafts, and two samples are
-compared by a chi-square test on pairs of neighbouring tokens (`tests.support.statistics`).
+compared by a chi-square test on pairs of neighbouring tokens (`verification.statistics`).
 """
 
 from dataclasses import replace
 
 import pytest
 
+from layerskip_vllm.verification.statistics import compare
 from tests.support.checks import assert_some_accepted_some_refused
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
-from tests.support.statistics import compare
 
 pytestmark = pytest.mark.engine
 

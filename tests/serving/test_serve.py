@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+import urllib.error
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,6 +111,53 @@ def test_server_gives_the_same_text_when_asked_again(server: Server) -> None:
         for _ in range(2)
     }
     assert len(texts) == 1
+
+
+def ask(server: Server, entry: Any, **parameters: Any) -> dict[str, Any]:
+    """Complete a prompt with a value of `vllm_xargs`; the response, or the error's."""
+    xargs = {} if entry is None else {"vllm_xargs": {"layerskip": entry}}
+    parameters = {"max_tokens": 13, "ignore_eos": True, **parameters}
+    try:
+        return server.complete("hello", **parameters, **xargs)
+    except urllib.error.HTTPError as error:
+        return {"status": error.code, **json.loads(error.read())}
+
+
+def drafted(response: dict[str, Any]) -> list[int]:
+    """How many drafts were verified in each step of a response that had some."""
+    return response["metrics"]["speculative_decoding"].get("per_step_drafted") or []
+
+
+def test_request_drafts_its_number_when_it_says_so_over_http(server: Server) -> None:
+    entries = [None, '{"num_speculative_tokens": 0}', '{"num_speculative_tokens": 1}', "{}"]
+    with ThreadPoolExecutor() as pool:
+        responses = list(pool.map(lambda entry: ask(server, entry), entries))
+    assert len({response["choices"][0]["text"] for response in responses}) == 1
+    assert [drafted(response) for response in responses] == [[3] * 3, [], [1] * 6, [3] * 3]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ('{"num_speculative_tokens": 4}', "is 4; it must be an integer from 0"),
+        ('{"num_speculative_tokens": -1}', "is -1; it must be an integer from 0"),
+        ('{"num_speculative_tokens": true}', "is True; it must be an integer from 0"),
+        ('{"num_speculative_tokens": 1.0}', "is 1.0; it must be an integer from 0"),
+        ('{"exit_layer": 1}', "has 'exit_layer'; 'num_speculative_tokens' is all that it can have"),
+        ("off", "is 'off'; it must be a dict such as {'num_speculative_tokens': 2}, or a string"),
+        (2, "is 2; it must be a dict such as {'num_speculative_tokens': 2}, or a string"),
+        ({"num_speculative_tokens": 1}, "Input should be a valid string"),  # vLLM's own refusal
+    ],
+)
+def test_request_is_refused_alone_when_its_number_is_wrong_over_http(
+    server: Server, entry: Any, message: str
+) -> None:
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(ask, server, None)
+        response = ask(server, entry)
+        assert response["status"] == response["error"]["code"] == 400
+        assert message in response["error"]["message"]
+        assert drafted(other.result()) == [3] * 3
 
 
 def test_worker_logs_that_layerskip_is_on_when_it_drafts(

@@ -150,6 +150,7 @@ class Server:
                         for req_id in drafts
                     ),
                     draft_lens=tuple(len(token_ids) for token_ids in drafts.values()),
+                    num_to_draft=output.num_spec_tokens_to_schedule,
                 )
             )
             return output

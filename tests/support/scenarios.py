@@ -58,9 +58,13 @@ class Scenario:
     is_async: bool = False
 
     def plain(self) -> Scenario:
-        """The same without speculation."""
+        """The same without speculation, and without what is only understood with it."""
         engine = {k: v for k, v in self.engine.items() if k != "per_request_spec_decode_metrics"}
-        return replace(self, speculative=None, engine=engine, is_async=False)
+        requests = tuple(
+            replace(r, params={k: v for k, v in r.params.items() if k != "extra_args"})
+            for r in self.requests
+        )
+        return replace(self, requests=requests, speculative=None, engine=engine, is_async=False)
 
 
 def layerskip(exit_layer: int, num_speculative_tokens: int, **settings: Any) -> dict[str, Any]:
@@ -120,6 +124,7 @@ class Step:
         num_padded: Requests with placeholder drafts (-1), as vLLM gives to prompts that are cached
             but for one token.
         draft_lens: The number of drafts of each request that had some.
+        num_to_draft: How many tokens the drafter was told to draft at the end of the step.
     """
 
     num_requests: int
@@ -128,6 +133,7 @@ class Step:
     num_drafts: int
     num_padded: int
     draft_lens: tuple[int, ...]
+    num_to_draft: int
 
 
 @dataclass(frozen=True)

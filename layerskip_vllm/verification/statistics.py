@@ -37,6 +37,12 @@ def compare(left: Sequence[Tokens], right: Sequence[Tokens], window: int = 2) ->
         left: Independent sequences, all of one length.
         right: The same for the other sample.
         window: How many tokens in a row make up a cell.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        ValueError: If at no position there is more than one cell with enough sequences in it.
     """
     num_positions = len(left[0]) - window + 1
     p_values, distances = [], []
@@ -45,9 +51,14 @@ def compare(left: Sequence[Tokens], right: Sequence[Tokens], window: int = 2) ->
             Counter(tokens[start : start + window] for tokens in sample) for sample in (left, right)
         ]
         cells = _merge_rare(*counts)
-        p_values.append(_p_value(cells))
+        if len(cells) > 1:
+            p_values.append(_p_value(cells))
         distances.append(
             sum(abs(here / len(left) - there / len(right)) for here, there in cells) / 2
+        )
+    if not p_values:
+        raise ValueError(
+            f"too few sequences, or too much alike, for a comparison: {len(left)} and {len(right)}"
         )
     return Comparison(min(1.0, num_positions * min(p_values)), max(distances))
 
@@ -67,8 +78,6 @@ def _merge_rare(left: Counter[Tokens], right: Counter[Tokens]) -> list[tuple[int
     if sum(rare):
         here, there = cells.pop() if cells else (0, 0)
         cells.append((here + rare[0], there + rare[1]))
-    if len(cells) < 2:
-        raise ValueError(f"too few sequences for a comparison: {sum(cells[0])}, one cell")
     return cells
 
 

@@ -1,0 +1,1 @@
+"""`layerskip-vllm verify`: does speculation lose anything on this model and this machine?"""
