@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn import functional
 
@@ -129,7 +129,8 @@ def save_exit_adapter(folder: Path, adapter: ExitAdapter) -> None:
     """Write an adapter, and nothing of its model, into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: weight.contiguous() for name, weight in adapter.state_dict().items()}
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    # Not `save_file`, whose files nobody but their owner can read.
+    (folder / WEIGHTS_FILE).write_bytes(save(weights, metadata={"format": "pt"}))
     text = json.dumps(asdict(adapter.config), indent=2)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 

@@ -9,22 +9,18 @@ import transformers
 from layerskip_vllm.exit_adapter import load_exit_adapter
 from layerskip_vllm.training.decoder import capture_layer_outputs, find_decoder_parts
 from layerskip_vllm.training.exit_evaluation import complete_greedily, simulate_acceptance
+from tests.engine.test_architectures import REQUESTS  # whose plain engines are served once
 from tests.support.checkpoints import NUM_LAYERS, VOCAB_SIZE
 from tests.support.checks import assert_same_outputs, assert_some_accepted_some_refused
 from tests.support.exit_adapters import make_exit_adapter
-from tests.support.scenarios import Request, Scenario, layerskip, tokens
+from tests.support.scenarios import Request, Scenario, layerskip
 
 pytestmark = pytest.mark.engine
 
 EXIT_LAYER = 2
-REQUESTS = (
-    Request(tokens(20), {"max_tokens": 14}),
-    Request(tokens(5), {"max_tokens": 8}),
-    Request(tokens(40), {"max_tokens": 10}, joins_at=1),
-)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """Adapters of each size, made once."""
     root = tmp_path_factory.mktemp("adapters")
@@ -96,7 +92,9 @@ def test_drafts_are_what_transformers_makes_of_the_adapter(runner, checkpoint, f
         num_tokens,
     )
     assert drafted.num_drafts == expected.num_rounds
-    assert [n / drafted.num_drafts for n in drafted.num_accepted_per_pos] == expected.by_position
+    assert [
+        n / drafted.num_drafts for n in drafted.num_accepted_per_pos
+    ] == expected.rate_by_position
     assert_some_accepted_some_refused(drafted)
 
 
