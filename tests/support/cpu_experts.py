@@ -1,6 +1,6 @@
 """Expert parallelism on the CPU, where vLLM's kernel has none.
 
-`CPUUnquantizedExperts.apply` ignores the `expert_map` it is given: a rank then looks up experts that
+`CPUUnquantizedExperts.apply` ignores the `expert_map` it is given: a rank looks up experts that
 it does not have, and crashes (vLLM 0.32.0, with speculation or without). This maps them, as other
 kernels of vLLM do. For tests; called in the worker.
 """
