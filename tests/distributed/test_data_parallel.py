@@ -70,7 +70,7 @@ def service(
         variables=variables,
     ) as server:
         if has_experts:
-            server.call_workers("probe_route_to_local_experts")
+            server.call_workers("probe_add_expert_parallelism")
         server.call_workers("probe_count_dummy_drafts")
         yield Service(server, has_experts, expected)
 

@@ -16,7 +16,7 @@ def serve(scenario: Scenario) -> Served:
     probe = {"worker_extension_cls": "tests.support.worker_probe.WorkerProbe"}
     with engine(replace(scenario, engine={**probe, **scenario.engine})) as llm:
         if scenario.engine.get("enable_expert_parallel"):
-            llm.collective_rpc("probe_route_to_local_experts")
+            llm.collective_rpc("probe_add_expert_parallelism")
         if not scenario.speculative:
             return Served(_generate(llm, scenario))
         llm.collective_rpc("probe_record_drafts")
@@ -68,3 +68,10 @@ def _count_drafts(llm: LLM) -> tuple[int, int, int, tuple[int, ...]]:
         found["accepted_tokens"].value,
         tuple(found["accepted_tokens_per_pos"].values),
     )
+
+
+def find_current_platform() -> tuple[str, str]:
+    """The class of vLLM's platform in this process, and what Ray's workers are placed on."""
+    from vllm.platforms import current_platform
+
+    return type(current_platform).__name__, current_platform.ray_device_key

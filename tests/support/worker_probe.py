@@ -83,11 +83,11 @@ class WorkerProbe:
         """How many such drafts there were."""
         return {"rank": self.rank, "num_dummy_drafts": self.probe_num_dummy_drafts}
 
-    def probe_route_to_local_experts(self) -> None:
-        """Mend vLLM's expert parallelism on the CPU; see `cpu_experts`."""
-        from tests.support.cpu_experts import route_to_local_experts
+    def probe_add_expert_parallelism(self) -> None:
+        """Give the CPU expert parallelism; see `cpu_experts`."""
+        from tests.support.cpu_experts import add_expert_parallelism
 
-        route_to_local_experts()
+        add_expert_parallelism()
 
 
 def _drafter(runner: Any) -> Any:
