@@ -75,6 +75,8 @@ def process(
 def comparison(
     request: pytest.FixtureRequest, process: EngineProcess, checkpoint: Callable[..., Path]
 ) -> Comparison:
+    if request.param == "experts" and process.runner == "v2":
+        pytest.skip("experts exchange tokens below the runners; V1's case is enough")
     case = CASES[request.param]
     speculative = layerskip(EXIT_LAYER, K, **case.speculative)
     scenario = Scenario(
