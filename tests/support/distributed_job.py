@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from vllm import LLM, SamplingParams
 
@@ -15,17 +16,25 @@ def serve(scenario: Scenario) -> Served:
     """Serve a scenario's requests with a new engine, all at once."""
     probe = {"worker_extension_cls": "tests.support.worker_probe.WorkerProbe"}
     with engine(replace(scenario, engine={**probe, **scenario.engine})) as llm:
-        if scenario.engine.get("enable_expert_parallel"):
-            llm.collective_rpc("probe_add_expert_parallelism")
-        if not scenario.speculative:
-            return Served(_generate(llm, scenario))
-        llm.collective_rpc("probe_record_drafts")
-        return Served(
-            _generate(llm, scenario),
-            _count_drafts(llm),
-            llm.collective_rpc("probe_settings"),
-            llm.collective_rpc("probe_take_drafts"),
-        )
+        shared_memory = llm.collective_rpc("probe_shared_memory")
+        served = _serve(llm, scenario)
+    for file in {file for files in shared_memory for file in files}:
+        Path(file).unlink(missing_ok=True)
+    return served
+
+
+def _serve(llm: LLM, scenario: Scenario) -> Served:
+    if scenario.engine.get("enable_expert_parallel"):
+        llm.collective_rpc("probe_add_expert_parallelism")
+    if not scenario.speculative:
+        return Served(_generate(llm, scenario))
+    llm.collective_rpc("probe_record_drafts")
+    return Served(
+        _generate(llm, scenario),
+        _count_drafts(llm),
+        llm.collective_rpc("probe_settings"),
+        llm.collective_rpc("probe_take_drafts"),
+    )
 
 
 def serve_on_two_nodes(scenario: Scenario) -> Served:

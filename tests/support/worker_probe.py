@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -49,6 +50,11 @@ class WorkerProbe:
             "variables": {k: v for k, v in os.environ.items() if k.startswith("VLLM_LAYERSKIP_")},
             "ray_node": _ray_node(),
         }
+
+    def probe_shared_memory(self) -> list[str]:
+        """The files that vLLM's ranks on a CPU talk through, and never remove."""
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return sorted({"/" + line.partition(" /")[2] for line in lines if "cpushm" in line})
 
     def probe_record_drafts(self) -> None:
         """Keep what is drafted from now on."""
