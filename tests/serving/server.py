@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -68,7 +68,7 @@ class Server:
         self.folder = folder
         self.arguments = arguments
         self.variables = {"VLLM_CACHE_ROOT": str(folder / "cache"), **(variables or {})}
-        self.port = _find_free_port()
+        self.port = find_free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Server:
@@ -112,26 +112,40 @@ class Server:
         """What the processes have written so far."""
         return (self.folder / "log").read_text(errors="replace")
 
-    def complete(self, prompt: str, **parameters: Any) -> dict[str, Any]:
-        """POST to `/v1/completions`: the response."""
+    def complete(
+        self, prompt: str | Sequence[int], rank: int | None = None, **parameters: Any
+    ) -> dict[str, Any]:
+        """POST to `/v1/completions`, to one of several data-parallel ranks: the response."""
         body = {"model": "model", "prompt": prompt, "temperature": 0, **parameters}
-        return json.loads(self.fetch("/v1/completions", json.dumps(body).encode()))
+        headers = {} if rank is None else {"X-data-parallel-rank": str(rank)}
+        return json.loads(self.fetch("/v1/completions", body, headers))
 
-    def counters(self) -> dict[str, float]:
+    def call_workers(self, method: str) -> list[Any]:
+        """Call a method of all workers; with `VLLM_SERVER_DEV_MODE=1`.
+
+        Returns:
+            What those of the first data-parallel rank returned.
+        """
+        text = self.fetch("/collective_rpc", {"method": method})
+        return json.loads(text)["results"] if text else []
+
+    def counters(self, rank: int = 0) -> dict[str, float]:
         """GET `/metrics`: vLLM's `spec_decode` counters by name, and by position after it."""
         lines = self.fetch("/metrics").splitlines()
         found = {}
         for line in lines:
             match = re.match(r"vllm:spec_decode_(\w+)_total\{(.*)\} (\S+)$", line)
-            if match:
+            if match and f'engine="{rank}"' in match[2]:
                 position = re.search(r'position="(\d+)"', match[2])
                 found[match[1] + (f"[{position[1]}]" if position else "")] = float(match[3])
         return found
 
-    def fetch(self, path: str, body: bytes | None = None) -> str:
+    def fetch(self, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> str:
         """GET a path, or POST JSON to it: the response's text."""
         request = urllib.request.Request(
-            self.url + path, body, {"Content-Type": "application/json"}
+            self.url + path,
+            None if body is None else json.dumps(body).encode(),
+            {"Content-Type": "application/json", **(headers or {})},
         )
         # No proxy of the environment's for this machine itself.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -164,7 +178,8 @@ class Server:
         self._process.wait()
 
 
-def _find_free_port() -> int:
+def find_free_port() -> int:
+    """A port of 127.0.0.1 that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,0 +1,1 @@
+"""Ray's executor on a machine without GPUs, for development and tests."""
