@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layerskip_vllm.exit_adapter import load_exit_adapter
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.engines import run_engines
 from benchmarks.hardware import describe_hardware
 from layerskip_vllm.cli import main as run_command
+from layerskip_vllm.exit_adapter import load_exit_adapter
 from layerskip_vllm.training import stdlib_corpus
 from layerskip_vllm.training.decoder import find_decoder_parts
 from layerskip_vllm.training.exit_evaluation import measure_held_out
