@@ -17,6 +17,6 @@ if not torch.cuda.is_available():
     )
 print(f"check-gpu: {torch.cuda.get_device_name()}, torch {torch.__version__}")
 PYTHON
-.venv/bin/python -m pytest -m "not ray"  # whose cluster has logical GPUs
+.venv/bin/python -m pytest --ignore tests/distributed  # they make ranks of CPUs
 .venv/bin/python -m benchmarks.demo --output-dir benchmark-output/gpu \
   ${MODEL:+--model "$MODEL"} "$@"

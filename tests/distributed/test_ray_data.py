@@ -15,7 +15,7 @@ from tests.support.engine_process import EngineProcess
 from tests.support.ray_cluster import RayCluster
 from tests.support.scenarios import Request, Scenario
 
-pytestmark = [pytest.mark.engine, pytest.mark.ray]
+pytestmark = pytest.mark.engine
 
 NUM_TOKENS = 48  # as in the example
 

@@ -12,7 +12,7 @@ from tests.support.engine_process import EngineProcess
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 from tests.support.worker_probe import Served
 
-pytestmark = [pytest.mark.engine, pytest.mark.ray]
+pytestmark = pytest.mark.engine
 
 EXIT_LAYER, K = 4, 3
 REQUESTS = tuple(Request(tokens(length)) for length in (3, 17, 40, 32, 55, 9))

@@ -17,7 +17,7 @@ from tests.support.engine_process import EngineProcess
 from tests.support.ray_cluster import RayCluster
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
-pytestmark = [pytest.mark.engine, pytest.mark.ray]
+pytestmark = pytest.mark.engine
 
 PROMPT = tokens(17)
 NUM_TOKENS = 24
