@@ -69,7 +69,7 @@ class Shape:
     dtype: str
 
 
-CPU_SHAPE = Shape(16, 256, 32000, batch_size=4, seq_len=256, dtype="float32")
+CPU_SHAPE = Shape(16, 256, 32000, batch_size=4, seq_len=64, dtype="float32")
 GPU_SHAPE = Shape(16, 2048, 128256, batch_size=4, seq_len=2048, dtype="bfloat16")
 
 

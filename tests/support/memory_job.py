@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 from layerskip_vllm.bytes_read import num_bytes
 from tests.support.jobs import engine
@@ -69,7 +70,9 @@ def holdings(scenario: Scenario) -> Holdings:
 def _alive() -> list[torch.Tensor]:
     gc.unfreeze()  # vLLM hides what an engine starts with from the collector, and from us
     gc.collect()
-    return [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    tensors = (thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor))
+    # Those of a tracer, which an earlier engine's compilation leaves, have no memory.
+    return [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> frozenset[int]:
