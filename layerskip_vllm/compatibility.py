@@ -74,7 +74,6 @@ def check_engine(args: EngineArgs, parallel_config: ParallelConfig) -> None:
         ("prefill_context_parallel_size", parallel_config.prefill_context_parallel_size, 1),
         ("enable_eplb", parallel_config.enable_eplb, False),
         ("use_ubatching", parallel_config.use_ubatching, False),
-        ("enable_lora", bool(args.enable_lora), False),
         ("kv_sharing_fast_prefill", bool(args.kv_sharing_fast_prefill), False),
     ):
         if value != right:

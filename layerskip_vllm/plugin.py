@@ -282,6 +282,16 @@ def _hook_reject(original: Any) -> Any:
     return _rejection_random_sample_kernel_impl
 
 
+def _hook_sample(original: Any) -> Any:
+    @functools.wraps(original)
+    def sample(self: Any, hidden_states: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_layerskip_config(self.speculative_config):
+            self.speculator.prepare_sampling(self.lora_state, input_batch)
+        return original(self, hidden_states, input_batch, *args, **kwargs)
+
+    return sample
+
+
 _ARGS = "vllm.engine.arg_utils:EngineArgs"
 _PARAMS = "vllm.sampling_params:SamplingParams"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
@@ -389,6 +399,16 @@ MENDS = (
             "vllm.utils.cpu_triton_utils:_rejection_random_sample_kernel_impl": "07b8705b119dc62b",
         },
         why="on the CPU, sampling refuses the placeholder drafts of a prompt that is cached",
+    ),
+    Hook(
+        target=f"{_V2_RUNNER}.sample",
+        replace=_hook_sample,
+        relies_on={
+            f"{_V2_RUNNER}.sample": "20088238536e4758",
+            "vllm.v1.worker.gpu.lora_utils:LoraState": "353a5755dc005d7b",
+            "vllm.lora.model_manager:LoRAModelManager.set_adapter_mapping": "4a9c357495bdf8b6",
+        },
+        why="on Model Runner V2, an adapter of the head is in all rows that are verified",
     ),
 )
 

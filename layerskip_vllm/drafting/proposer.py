@@ -23,10 +23,12 @@ from vllm.v1.sample.sampler import _SAMPLING_EPS
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.worker.utils import AttentionGroup
 
+from layerskip_vllm.drafting.lora import make_draft_lora
 from layerskip_vllm.drafting.report import log_drafting
 from layerskip_vllm.stages import ExitModel
 
 if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 # A draft step has one row a request, and on CPUs PyTorch's matrix products with one to three rows
@@ -73,6 +75,7 @@ class LayerSkipProposer(DraftModelProposer):
         config = self.speculative_config
         self.model = ExitModel(target_model, config.exit_layer, self.vllm_config)
         self._draft_attn_layer_names = self.model.attn_layer_names
+        self._lora = make_draft_lora(self.vllm_config, target_model)
         # Rows at the end of their context draft nothing here, so the runner need not stop the
         # whole batch from drafting for their sake.
         self.runner.effective_drafter_max_model_len = (
@@ -128,9 +131,42 @@ class LayerSkipProposer(DraftModelProposer):
 
     @override
     def initialize_cudagraph_keys(self, cudagraph_mode: CUDAGraphMode) -> None:
+        if self._lora is not None:
+            # vLLM keeps no graphs of drafters with adapters in them on this runner.
+            cudagraph_mode = CUDAGraphMode.NONE
         super().initialize_cudagraph_keys(cudagraph_mode)
         mode = self.cudagraph_dispatcher.cudagraph_mode.name.lower()
         log_drafting(self.model, self.speculative_config, runner="V1", graphs=mode)
+
+    @override
+    def prepare_next_token_ids_padded(
+        self,
+        sampled_token_ids: torch.Tensor,
+        requests: dict[str, CachedRequestState],
+        gpu_input_batch: InputBatch,
+        discard_request_mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the token that each request drafts from, and how many were sampled before it.
+
+        Differs from its base: a request in the middle of its prompt drafts for nothing, so its next
+        token is not looked up, which a prompt of embeddings does not have.
+
+        Args:
+            sampled_token_ids: `[num_reqs, K + 1]`, -1 after the last.
+            requests: Not used.
+            gpu_input_batch: The runner's.
+            discard_request_mask: `[max_num_reqs] bool`, requests in the middle of their prompts.
+
+        Returns:
+            The tokens and the numbers, both `[num_reqs] int32`; the numbers are 0 where the tokens
+            mean nothing.
+        """
+        is_sampled = (sampled_token_ids >= 0) & (sampled_token_ids < gpu_input_batch.vocab_size)
+        is_sampled &= ~discard_request_mask[: len(sampled_token_ids), None]
+        num_sampled = is_sampled.sum(dim=1, dtype=torch.int32)
+        last = (num_sampled - 1).clamp(min=0).long()
+        token_ids = sampled_token_ids.gather(1, last.unsqueeze(1)).squeeze(1)
+        return torch.where(num_sampled > 0, token_ids, 0).int(), num_sampled
 
     @override
     @torch.inference_mode()
@@ -177,6 +213,9 @@ class LayerSkipProposer(DraftModelProposer):
         cudagraph_mode, num_input_tokens, num_tokens_across_dp = (
             self._determine_batch_execution_and_padding(max(num_reqs, self._min_num_rows))
         )
+        if self._lora is not None:
+            lora_ids = self.runner.input_batch.request_lora_mapping[:num_reqs]
+            self._lora.map_requests(lora_ids, num_input_tokens)
         slots = self._find_slots(num_speculative_tokens, positions, num_input_tokens)
         metadata = replace(
             common_attn_metadata,

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from typing_extensions import override
@@ -14,21 +16,19 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.dp_utils import DPSyncState, dispatch_cg_and_sync_dp
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.lora_utils import NO_LORA_ID, LoraState
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
-from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
-    SpeculatorBatchDescriptor,
-    SpeculatorCudaGraphManager,
-)
 from vllm.v1.worker.utils import AttentionGroup
 
+from layerskip_vllm.drafting.cuda_graphs import DraftCudaGraphs
 from layerskip_vllm.drafting.kernels import advance_draft, prepare_draft
+from layerskip_vllm.drafting.lora import DraftLoRA, make_draft_lora
 from layerskip_vllm.drafting.report import log_drafting
 from layerskip_vllm.stages import ExitModel
 
@@ -48,11 +48,14 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         super().__init__(vllm_config, device)
         self.current_draft_step = torch.zeros((), dtype=torch.int64, device=device)
         self.graphs: DraftCudaGraphs | None = None
+        self.lora: DraftLoRA | None = None
+        self.lora_ids: Sequence[int] = ()
 
     @override
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
     ) -> ExitModel:
+        self.lora = make_draft_lora(self.vllm_config, target_model)
         return ExitModel(target_model, self.speculative_config.exit_layer, self.vllm_config)
 
     @override
@@ -82,7 +85,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             self.vllm_config,
             self.device,
             CUDAGraphMode.FULL_DECODE_ONLY if is_full else CUDAGraphMode.NONE,
-            decode_query_len=1,
+            self.lora,
         )
         kind = "one a draft" if self.supports_decode_metadata_update else "one a draft step"
         log_drafting(
@@ -104,6 +107,22 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             specialize_spec_tokens=self.supports_decode_metadata_update
             and self.speculative_config.uses_dynamic_speculative_decoding(),
         )
+
+    def prepare_sampling(self, lora_state: LoraState, input_batch: InputBatch) -> None:
+        """Map the rows that are to be verified, and afterwards drafted from, to their adapters.
+
+        vLLM's runner maps one row a request, whose head would then have no adapter in the rows of
+        its drafts; called before it samples.
+
+        Args:
+            lora_state: The runner's, with the adapter of each request state.
+            input_batch: The batch that the target has just run.
+        """
+        if self.lora is None:
+            return
+        lora_ids = lora_state.lora_ids[input_batch.idx_mapping_np]
+        self.lora.map_logits(lora_ids, np.diff(input_batch.cu_num_logits_np))
+        self.lora_ids = lora_ids.tolist()
 
     @override
     @torch.inference_mode()
@@ -171,9 +190,12 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             last_sampled,
             self.max_model_len,
         )
+        lora_ids = (NO_LORA_ID,) * num_reqs if dummy_run else self.lora_ids
         batch_desc, num_tokens_across_dp = self._dispatch(
-            num_reqs, num_speculative_tokens, dp_sync_state, is_profile
+            num_reqs, num_speculative_tokens, set(lora_ids), dp_sync_state, is_profile
         )
+        if self.lora is not None:
+            self.lora.map_requests(lora_ids, batch_desc.num_tokens)
         self._draft(
             num_reqs,
             batch_desc,
@@ -187,6 +209,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         self,
         num_reqs: int,
         num_speculative_tokens: int,
+        lora_ids: set[int],
         dp_sync_state: DPSyncState | None,
         is_profile: bool,
     ) -> tuple[BatchExecutionDescriptor, torch.Tensor | None]:
@@ -202,6 +225,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             dp_size=self.dp_size,
             dp_rank=self.dp_rank,
             need_eager=is_profile,
+            num_active_loras=len(lora_ids - {NO_LORA_ID}),
             dp_sync_state=dp_sync_state,
         )
         if self.graphs is not None:
@@ -335,32 +359,3 @@ class LayerSkipSpeculator(DraftModelSpeculator):
 
     def _all_attn_groups(self) -> list[AttentionGroup]:
         return [group for groups in self.attn_groups for group in groups]
-
-
-class DraftCudaGraphs(SpeculatorCudaGraphManager):
-    """vLLM's graphs of draft steps, with those of a single step where K depends on the batch.
-
-    Differs from its base, whose first draft step belongs to another graph, so that it never
-    captures a draft of one token.
-    """
-
-    _capture_descs: dict[CUDAGraphMode, list[BatchExecutionDescriptor]]
-
-    @override
-    def capture(self, *args: Any, specialize_spec_tokens: bool = False, **kwargs: Any) -> None:
-        if specialize_spec_tokens:
-            config = self.vllm_config.speculative_config
-            schedule = build_dynamic_sd_schedule_lookup(
-                config.num_speculative_tokens_per_batch_size,
-                vllm_max_batch_size=self.max_num_reqs,
-                vllm_num_speculative_tokens=config.num_speculative_tokens,
-            )
-            self._capture_descs = {
-                mode: [
-                    SpeculatorBatchDescriptor(**vars(desc), num_speculative_tokens=k)
-                    for desc in descs
-                    for k in sorted(set(schedule) - {0}, reverse=True)
-                ]
-                for mode, descs in self._capture_descs.items()
-            }
-        super().capture(*args, **kwargs)

@@ -15,12 +15,16 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 NUM_SPECULATIVE_TOKENS = 3
+LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
 ONE_GRAPH, GRAPH_A_STEP, NO_GRAPH = "one a draft", "one a draft step", "none"
 
 # name: (engine arguments, speculative settings, environment, which CUDA graphs the drafts must use)
@@ -39,7 +43,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str], str]] = {
         ONE_GRAPH,
     ),
     "no async scheduling": ({"async_scheduling": False}, {}, {}, ONE_GRAPH),
+    "LoRA": (LORA, {}, {}, ONE_GRAPH),
+    "LoRA, graph a step": ({**LORA, "attention_backend": "FLEX_ATTENTION"}, {}, {}, GRAPH_A_STEP),
     "runner V1": ({}, {}, {"VLLM_USE_V2_MODEL_RUNNER": "0"}, "piecewise"),
+    "LoRA, runner V1": (LORA, {}, {"VLLM_USE_V2_MODEL_RUNNER": "0"}, NO_GRAPH),
 }
 
 
@@ -50,6 +57,7 @@ def run_case(name: str, model: str) -> None:
     import null_tokens
 
     null_tokens.apply()
+    torch.unique = _on_the_cpu(torch.unique)
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -72,12 +80,34 @@ def run_case(name: str, model: str) -> None:
         ignore_eos=True,
         temperature=1.0 if speculative.get("draft_sample_method") else 0.0,
     )
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    adapters = _make_adapters(Path(model)) if "enable_lora" in engine_args else None
+    outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapters)
     assert [len(output.outputs[0].token_ids) for output in outputs] == [8, 8, 8]
     drafts = {m.name: m.value for m in llm.get_metrics() if m.name.endswith("num_drafts")}
     assert drafts["vllm:spec_decode_num_drafts"] > 0, "nothing was drafted"
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     print("result:", json.dumps(_describe(runner, graphs)))
+
+
+def _on_the_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel whose results have sizes of their own, which must be right (LoRA's metadata)."""
+
+    def run(tensor: torch.Tensor, **options: Any) -> Any:
+        return tuple(part.to(tensor.device) for part in function(tensor.cpu(), **options))
+
+    return run
+
+
+def _make_adapters(model: Path) -> list[Any]:
+    """An adapter for the first prompt, another for the second, none for the third."""
+    from vllm.lora.request import LoRARequest
+
+    from tests.support.lora_adapters import make_lora_adapter
+
+    folders = [Path(tempfile.mkdtemp()) / "adapter" for _ in range(2)]
+    for seed, folder in enumerate(folders):
+        make_lora_adapter(folder, model, seed)
+    return [*(LoRARequest(str(i), 1 + i, str(f)) for i, f in enumerate(folders)), None]
 
 
 def _describe(runner: Any, graphs: str) -> dict[str, Any]:
@@ -96,7 +126,11 @@ def _describe(runner: Any, graphs: str) -> dict[str, Any]:
         "runner": "V2",
         "graphs": found,
         "sizes": sorted(
-            (desc.num_tokens, getattr(desc, "num_speculative_tokens", NUM_SPECULATIVE_TOKENS))
+            (
+                desc.num_tokens,
+                getattr(desc, "num_speculative_tokens", NUM_SPECULATIVE_TOKENS),
+                desc.num_active_loras,
+            )
             for desc in speculator.graphs.graphs
         ),
         "backends": sorted({g.backend.get_name() for g in speculator._all_attn_groups()}),

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from vllm import LLM, SamplingParams
 from vllm.distributed import destroy_model_parallel
-from vllm.sampling_params import RequestOutputKind
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from tests.support.scenarios import GREEDY, Completion, Output, Report, Request, Scenario, Step
 
@@ -77,6 +80,7 @@ class Server:
         self.llm = llm
         self.engine = llm.llm_engine
         self.core = self.engine.engine_core.engine_core
+        self.model = scenario.model
         self.requests = scenario.requests
         self.outputs: dict[int, Output] = {}
         self.aborted: dict[int, tuple[int, ...]] = {}
@@ -106,12 +110,30 @@ class Server:
             if request.aborts_after is None
             else RequestOutputKind.CUMULATIVE
         )
-        params = SamplingParams(**{**GREEDY, **request.params}, output_kind=kind)
+        params = {**GREEDY, **request.params}
+        if "structured_outputs" in params:
+            params["structured_outputs"] = StructuredOutputsParams(**params["structured_outputs"])
         self.engine.add_request(
             str(index),
-            {"prompt_token_ids": list(request.prompt)},
-            params,
+            self._prompt(request),
+            SamplingParams(**params, output_kind=kind),
+            lora_request=self._adapter(request),
             priority=request.priority,
+        )
+
+    def _prompt(self, request: Request) -> Any:
+        if not request.as_embeddings:
+            return {"prompt_token_ids": list(request.prompt)}
+        with safe_open(Path(self.model, "model.safetensors"), "pt") as weights:
+            embeddings = weights.get_tensor("model.embed_tokens.weight")
+        return {"prompt_embeds": embeddings[list(request.prompt)]}
+
+    def _adapter(self, request: Request) -> LoRARequest | None:
+        if request.adapter is None:
+            return None
+        folders = sorted({other.adapter for other in self.requests if other.adapter})
+        return LoRARequest(
+            request.adapter, 1 + folders.index(request.adapter), lora_path=request.adapter
         )
 
     def _receive(self, output: Any) -> None:

@@ -29,6 +29,8 @@ class Request:
         aborts_after: The number of output tokens after which its client goes away.
         phase: Phases run one after the other; each waits until the one before has finished.
         priority: For `scheduling_policy="priority"`; lower is served first.
+        adapter: The folder of a LoRA adapter; None for the model alone.
+        as_embeddings: Whether the prompt is given as the model's embeddings of its tokens.
     """
 
     prompt: tuple[int, ...]
@@ -37,6 +39,8 @@ class Request:
     aborts_after: int | None = None
     phase: int = 0
     priority: int = 0
+    adapter: str | None = None
+    as_embeddings: bool = False
 
 
 @dataclass(frozen=True)
