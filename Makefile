@@ -4,13 +4,15 @@
 SHELL := /bin/bash
 PYTHON_IN_VENV := .venv/bin/python
 ARGS ?=
+# What runs a service; `.ci/run` tests it after the rest.
+PRODUCTION := tests/features tests/distributed
 
-.PHONY: help setup test test-distributed lint types format demo check-gpu check-null-gpu clean
+.PHONY: help setup test test-production lint types format demo check-gpu check-null-gpu clean
 
 help:
 	@echo "make setup           the .venv: vLLM for this machine, the plugin, its tools"
-	@echo "make test            the tests of one engine; at most 20 minutes on 2 cores"
-	@echo "make test-distributed  those of several ranks, engines and Ray nodes"
+	@echo "make test            the tests; at most 20 minutes on 2 cores"
+	@echo "make test-production those of several ranks, Ray, vLLM's other features, and load"
 	@echo "make demo            vLLM with and without layerskip, side by side"
 	@echo "make lint types      what CI checks besides"
 	@echo "make format          format the code and fix what can be fixed"
@@ -22,10 +24,10 @@ setup:
 	@scripts/setup.sh
 
 test: setup
-	$(PYTHON_IN_VENV) -m pytest --numprocesses 2 --dist loadfile --ignore tests/distributed $(ARGS)
+	$(PYTHON_IN_VENV) -m pytest --numprocesses 2 --dist loadfile $(PRODUCTION:%=--ignore %) $(ARGS)
 
-test-distributed: setup
-	$(PYTHON_IN_VENV) -m pytest tests/distributed $(ARGS)
+test-production: setup
+	$(PYTHON_IN_VENV) -m pytest $(PRODUCTION) $(ARGS)
 
 lint: setup
 	$(PYTHON_IN_VENV) -m ruff format --check .

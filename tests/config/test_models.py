@@ -34,6 +34,9 @@ def refusal(configure: Callable[..., Any], *model: Any, **engine_args: Any) -> s
         ("eagle", "EagleLlamaForCausalLM", "it is a draft model itself (model_type 'eagle')"),
     ],
 )
+@pytest.mark.feature(
+    "Architectures", "{architecture} ({reason})", runners=("v1", "v2"), is_refused=True
+)
 def test_model_is_refused_when_its_first_layers_cannot_draft(
     configure: Callable[..., Any],
     write_model: Callable[..., str],
@@ -82,11 +85,11 @@ def test_model_is_accepted_when_it_is_a_decoder_of_text(
         ),
         ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size", 2, 1),
         ({"enable_dbo": True}, "use_ubatching", True, False),
-        ({"enable_lora": True}, "enable_lora", True, False),
         ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill", True, False),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
+@pytest.mark.feature("Engine", "`{field}` = {value}", runners=("v1", "v2"), is_refused=True)
 def test_engine_setting_is_refused_when_drafting_does_not_support_it(
     configure: Callable[..., Any],
     engine_args: dict[str, Any],
@@ -100,6 +103,7 @@ def test_engine_setting_is_refused_when_drafting_does_not_support_it(
     assert f"must be {right!r}" in message
 
 
+@pytest.mark.feature("Engine", "`enable_eplb` = True", runners=("v1", "v2"), is_refused=True)
 def test_expert_load_balancing_is_refused_when_it_is_on(write_model: Callable[..., str]) -> None:
     from vllm.config import ParallelConfig
     from vllm.engine.arg_utils import EngineArgs

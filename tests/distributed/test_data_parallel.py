@@ -94,6 +94,11 @@ def test_idle_rank_drafts_along_when_experts_are_spread(service: Service) -> Non
     assert has_run_along == service.has_experts
 
 
+@pytest.mark.feature(
+    "Engine",
+    "data parallelism; experts spread over it",
+    runners=("v1",),
+)
 def test_tokens_equal_plain_when_both_ranks_serve(service: Service) -> None:
     """The ranks start and stop at different steps, since their drafts are accepted differently."""
     before = [service.server.counters(rank)["num_drafts"] for rank in (0, 1)]

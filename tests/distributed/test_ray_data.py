@@ -30,6 +30,7 @@ def output(
         return example.wait()
 
 
+@pytest.mark.feature("Ray", "Ray Data LLM", runners=("v1",))
 def test_rows_equal_plain_vllm_when_ray_data_generates(
     output: str, driver: EngineProcess, checkpoint: Callable[..., Path]
 ) -> None:

@@ -42,6 +42,7 @@ def served(
     return driver.run(job, scenario(checkpoint(), **on_ray))
 
 
+@pytest.mark.feature("Ray", "Ray executor", runners=("v1",))
 def test_tokens_equal_plain_when_workers_are_ray_actors(plain: Served, served: Served) -> None:
     assert served.token_ids == plain.token_ids
 

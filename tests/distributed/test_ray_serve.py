@@ -58,6 +58,7 @@ def application(
         yield Application(port, example)
 
 
+@pytest.mark.feature("Ray", "Ray Serve LLM", runners=("v1",))
 def test_response_equals_plain_vllm_when_ray_serve_answers(
     application: Application, driver: EngineProcess, checkpoint: Callable[..., Path]
 ) -> None:

@@ -75,8 +75,6 @@ def process(
 def comparison(
     request: pytest.FixtureRequest, process: EngineProcess, checkpoint: Callable[..., Path]
 ) -> Comparison:
-    if request.param == "experts" and process.runner == "v2":
-        pytest.skip("experts exchange tokens below the runners; V1's case is enough")
     case = CASES[request.param]
     speculative = layerskip(EXIT_LAYER, K, **case.speculative)
     scenario = Scenario(
@@ -94,6 +92,7 @@ def comparison(
     return Comparison(process.runner, case, plain, one, two)
 
 
+@pytest.mark.feature("Engine", "tensor parallelism: {comparison}")
 def test_tokens_equal_those_of_one_rank_when_there_are_two(comparison: Comparison) -> None:
     assert comparison.two.token_ids == comparison.one.token_ids
     num_greedy = len(GREEDY)

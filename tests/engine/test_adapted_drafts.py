@@ -51,6 +51,7 @@ def test_drafts_are_the_plain_exits_when_the_adapter_is_untrained(runner, checkp
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "olmo2"])
+@pytest.mark.feature("Models and weights", "exit adapter")
 def test_tokens_equal_plain_when_an_adapter_changes_the_drafts(
     runner, checkpoint, folders, architecture
 ):

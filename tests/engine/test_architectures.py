@@ -32,6 +32,7 @@ REQUESTS = (
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.feature("Architectures", "{architecture}")
 def test_tokens_equal_plain_when_architecture_is(runner, checkpoint, architecture):
     scenario = Scenario(str(checkpoint(architecture)), REQUESTS, layerskip(2, 3))
     plain, drafted = runner.pair(scenario)
@@ -49,6 +50,7 @@ def test_drafts_are_all_accepted_when_all_layers_draft(runner, checkpoint, archi
     assert_all_accepted(drafted)
 
 
+@pytest.mark.feature("KV cache", "several KV cache groups (sliding windows)")
 def test_prefix_spans_two_kv_cache_groups_when_windows_alternate(runner, checkpoint):
     """Gemma 2 keeps layers with and without a sliding window in KV cache groups of their own.
 

@@ -17,6 +17,7 @@ REQUESTS = (
 )
 
 
+@pytest.mark.feature("Models and weights", "torch.compile", runners=("v1",))
 def test_stage_has_graphs_of_its_own_when_compiled(engines, checkpoint, tmp_path):
     """Four layers, E = 2 and E = 1, three starts over one cache on disk.
 

@@ -21,6 +21,7 @@ def pair(runner, scenario):
 
 
 @pytest.mark.parametrize("exit_layer", [2, NUM_LAYERS])
+@pytest.mark.feature("KV cache", "prefix caching")
 def test_tokens_equal_plain_when_prompts_repeat(runner, checkpoint, exit_layer):
     """Shared beginnings of one and two blocks, and whole prompts, in the same batch and later."""
     base = tokens(80)

@@ -28,6 +28,7 @@ def steps_of(report, index):
 
 @pytest.mark.parametrize("exit_layer", [2, NUM_LAYERS], ids=["E=2", "all-accepted"])
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.feature("Requests", "a draft length of the request's own")
 def test_each_request_drafts_its_number_when_they_share_a_batch(
     runner, checkpoint, is_async, exit_layer
 ):

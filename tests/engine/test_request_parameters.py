@@ -122,6 +122,7 @@ def test_output_ends_when_stop_token_is_inside_a_draft(served):
     assert completion.stop_reason == served.greedy.token_ids[served.end]
 
 
+@pytest.mark.feature("Requests", "stop strings, stop tokens, `min_tokens`, EOS")
 def test_output_ends_when_stop_string_spans_tokens_of_a_draft(served):
     completion = served.only("stop_string")
     assert completion.token_ids == served.greedy.token_ids[: served.end]
@@ -129,15 +130,18 @@ def test_output_ends_when_stop_string_spans_tokens_of_a_draft(served):
     assert completion.text + completion.stop_reason == served.only("included_stop_string").text
 
 
+@pytest.mark.feature("Requests", "penalties")
 def test_tokens_equal_plain_when_penalties_count_drafts(served):
     assert served.only("penalties").token_ids != served.greedy.token_ids
 
 
+@pytest.mark.feature("Requests", "`bad_words`, `allowed_token_ids`")
 def test_tokens_equal_plain_when_tokens_are_allowed_or_banned(served):
     assert all(token_id % 3 == 2 for token_id in served.only("allowed").token_ids)
     assert served.only("bad_words").token_ids != served.greedy.token_ids
 
 
+@pytest.mark.feature("Requests", "`logprobs`")
 def test_logprobs_equal_plain_when_tokens_come_from_drafts(served):
     completion = served.only("logprobs")
     assert completion.token_ids == served.greedy.token_ids
@@ -146,6 +150,7 @@ def test_logprobs_equal_plain_when_tokens_come_from_drafts(served):
     assert all(len(position) == 3 for position in drafted.logprobs)
 
 
+@pytest.mark.feature("Requests", "`prompt_logprobs`")
 def test_prompt_logprobs_equal_plain_when_drafting(served):
     plain, drafted = served.outputs("prompt_logprobs")
     assert served.only("prompt_logprobs").token_ids == served.greedy.token_ids
@@ -154,6 +159,7 @@ def test_prompt_logprobs_equal_plain_when_drafting(served):
         assert here == pytest.approx(there, abs=1e-4)
 
 
+@pytest.mark.feature("Requests", "`n`")
 def test_all_outputs_equal_plain_when_n_is_two(served):
     plain, drafted = served.outputs("n")
     assert [c.token_ids for c in drafted.completions] == [served.greedy.token_ids] * 2

@@ -20,7 +20,7 @@ VOCAB_SIZE = 24
 # One token more than a block of the KV cache: once cached, it looks like a decode to the scheduler.
 PROMPT = tokens(33, vocab_size=VOCAB_SIZE)
 # Model Runner V2 runs under Triton's interpreter, where a sample takes long.
-SAMPLE_SIZE = {"v1": 2000, "v2": 200}
+SAMPLE_SIZE = {"v1": 2000, "v2": 120}
 # The first is the prompt's, then come two drafts and the token after them, then a second draft.
 K = 2
 MAX_TOKENS = 5
@@ -57,6 +57,7 @@ def plain_samples(engines, name, scenario):
 
 @pytest.mark.parametrize("is_cached", [False, True], ids=["", "cached"])
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+@pytest.mark.feature("Requests", "sampling: the target's distribution")
 def test_distribution_is_the_targets_when_drafts_are(engines, name, scenario, method, is_cached):
     """Neither plain samples differ, nor drafted ones from both plain ones together.
 
@@ -77,6 +78,7 @@ def test_distribution_is_the_targets_when_drafts_are(engines, name, scenario, me
 
 
 @pytest.mark.parametrize("name", ["v2"])
+@pytest.mark.feature("Speculative settings", "`rejection_sample_method`: block")
 def test_distribution_is_the_targets_when_verification_is_by_block(engines, scenario, name):
     """Only V2 has block verification. Fails by chance once in a million runs."""
     one, other = plain_samples(engines, "v2", scenario)
@@ -132,6 +134,7 @@ def test_greedy_tokens_equal_plain_when_others_are_sampled(engines, name, checkp
 
 
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+@pytest.mark.feature("Requests", "seeds")
 def test_samples_repeat_when_requests_have_seeds(engines, name, checkpoint, method):
     requests = tuple(
         Request(tokens(10, i), {"temperature": 1.0, "max_tokens": 8, "seed": i, "n": 1 + i % 2})

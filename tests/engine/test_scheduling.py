@@ -18,6 +18,7 @@ BLOCK_BYTES = 1 << 17  # of the tiny Llama: 32 tokens, 8 layers, 2 heads of 32, 
 @pytest.mark.parametrize(
     ("exit_layer", "num_speculative_tokens"), [(2, 3), (4, 7), (NUM_LAYERS, 3)]
 )
+@pytest.mark.feature("Scheduling", "chunked prefill")
 def test_tokens_equal_plain_when_prefill_comes_in_small_chunks(
     runner, checkpoint, exit_layer, num_speculative_tokens
 ):
@@ -59,6 +60,7 @@ def test_tokens_equal_plain_when_token_budget_cuts_drafts(runner, checkpoint):
 
 @pytest.mark.parametrize("enable_prefix_caching", [False, True])
 @pytest.mark.parametrize("exit_layer", [2, NUM_LAYERS])
+@pytest.mark.feature("Scheduling", "preemption")
 def test_tokens_equal_plain_when_requests_are_preempted(
     runner, checkpoint, exit_layer, enable_prefix_caching
 ):
@@ -81,6 +83,7 @@ def test_tokens_equal_plain_when_requests_are_preempted(
     assert_same_outputs(plain, drafted)
 
 
+@pytest.mark.feature("Scheduling", "priority scheduling")
 def test_tokens_equal_plain_when_priority_preempts(runner, checkpoint):
     """The last to come is the most urgent, and the first to come loses its blocks."""
     requests = (
@@ -104,6 +107,7 @@ def test_tokens_equal_plain_when_priority_preempts(runner, checkpoint):
 
 
 @pytest.mark.parametrize("exit_layer", [2, NUM_LAYERS])
+@pytest.mark.feature("Scheduling", "aborts")
 def test_tokens_equal_plain_when_other_requests_are_aborted(runner, checkpoint, exit_layer):
     """Clients go away in the middle of their outputs; others, and later ones, go on."""
     requests = (
@@ -130,6 +134,7 @@ def test_tokens_equal_plain_when_other_requests_are_aborted(runner, checkpoint, 
 @pytest.mark.parametrize(
     ("exit_layer", "num_speculative_tokens"), [(2, 3), (4, 5), (NUM_LAYERS, 4)]
 )
+@pytest.mark.feature("Scheduling", "asynchronous scheduling")
 def test_tokens_equal_plain_when_scheduling_is_async(
     runner, checkpoint, exit_layer, num_speculative_tokens
 ):

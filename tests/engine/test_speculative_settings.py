@@ -27,6 +27,7 @@ REQUESTS = (
     [([[1, 1, 3], [2, 4, 1]], {1, 3}), ([[1, 2, 2], [3, 4, 0]], {2})],
     ids=["3-or-1", "2-or-none"],
 )
+@pytest.mark.feature("Speculative settings", "`num_speculative_tokens_per_batch_size`")
 def test_tokens_equal_plain_when_draft_length_depends_on_batch_size(
     runner, checkpoint, schedule, lengths, exit_layer
 ):
@@ -63,6 +64,9 @@ def test_greedy_tokens_equal_plain_when_sampling_setting_is(runner, checkpoint, 
     assert_some_accepted_some_refused(drafted)
 
 
+@pytest.mark.feature(
+    "Speculative settings", "`rejection_sample_method`: synthetic", runners=("v2",)
+)
 def test_acceptance_is_as_given_when_it_is_synthetic(runner, checkpoint):
     rates = {
         "rejection_sample_method": "synthetic",
@@ -78,6 +82,7 @@ def test_acceptance_is_as_given_when_it_is_synthetic(runner, checkpoint):
     assert drafted.num_accepted_per_pos == (drafted.num_drafts, drafted.num_drafts, 0)
 
 
+@pytest.mark.feature("Speculative settings", "per-request metrics")
 def test_metrics_of_requests_add_up_when_they_are_detailed(runner, checkpoint):
     scenario = Scenario(
         str(checkpoint()),

@@ -42,6 +42,7 @@ def accepted(report, earlier):
     )
 
 
+@pytest.mark.feature("Models and weights", "weights reloaded or updated in place")
 def test_engine_is_as_a_fresh_one_when_another_checkpoint_was_loaded_in_place(runner, checkpoint):
     old, new = checkpoint(), str(checkpoint(seed=1))
     requests = requests_before_and_after()

@@ -1,0 +1,41 @@
+"""KV connectors: what one engine has computed for a prompt, another drafts on."""
+
+import pytest
+
+from tests.support.checks import assert_same_outputs, assert_some_accepted_some_refused
+from tests.support.scenarios import Request, Scenario, layerskip, tokens
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.feature("KV cache", "KV connectors (ExampleConnector)"),
+]
+
+
+def test_outputs_equal_plain_when_the_prompts_cache_comes_from_a_connector(
+    runner, checkpoint, tmp_path
+):
+    connector = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
+    }
+    requests = tuple(Request(tokens(70, seed), {"max_tokens": 14}) for seed in range(2))
+    alone = Scenario(str(checkpoint()), requests, layerskip(2, 4))
+    plain, _ = runner.pair(alone)
+    shared = Scenario(
+        str(checkpoint()), requests, layerskip(2, 4), {"kv_transfer_config": connector}
+    )
+    (saving,) = runner.engines.serve(runner.name, shared)
+    assert any(tmp_path.rglob("*.safetensors"))
+    again = Scenario(
+        str(checkpoint()),
+        requests,
+        layerskip(2, 4),
+        {"kv_transfer_config": connector, "seed": 1},
+    )
+    (loading,) = runner.engines.serve(runner.name, again)
+    for report in (saving, loading):
+        assert_same_outputs(plain, report)
+        assert_some_accepted_some_refused(report)
+    assert [output.num_cached_tokens for output in saving.outputs] == [0, 0]
+    assert [output.num_cached_tokens for output in loading.outputs] == [64, 64]
