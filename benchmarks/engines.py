@@ -80,6 +80,9 @@ def serve_engine(pipe: Connection, engine_args: dict[str, Any], log_path: Path) 
         llm = LLM(**engine_args)
         pipe.send(_gather_facts(llm))
         while (ask := pipe.recv()) is not None:
+            if isinstance(ask, Path):
+                pipe.send(llm.collective_rpc("reload_weights", kwargs={"weights_path": str(ask)}))
+                continue
             pipe.send(_run_round(llm, **ask))
             pipe.send(_gather_facts(llm))
     except Exception as error:
@@ -180,6 +183,11 @@ class Engine:
         measurement = self._receive()
         self.facts = self._receive()
         return measurement
+
+    def reload_weights(self, checkpoint: Path) -> None:
+        """Loads another checkpoint's weights in place, into the target alone."""
+        self._pipe.send(checkpoint)
+        self._receive()
 
     def stop(self) -> None:
         """Ends the process."""

@@ -69,7 +69,7 @@ class Shape:
     dtype: str
 
 
-CPU_SHAPE = Shape(16, 256, 32000, batch_size=4, seq_len=64, dtype="float32")
+CPU_SHAPE = Shape(16, 256, 8000, batch_size=4, seq_len=128, dtype="float32")
 GPU_SHAPE = Shape(16, 2048, 128256, batch_size=4, seq_len=2048, dtype="bfloat16")
 
 
@@ -230,7 +230,7 @@ def make_table(costs: list[Cost]) -> Table:
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--num-steps", type=int, default=24, help="steps of each variant")
+    parser.add_argument("--num-steps", type=int, default=8, help="steps of each variant")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
     shape = GPU_SHAPE if torch.cuda.is_available() else CPU_SHAPE
