@@ -5,12 +5,13 @@ SHELL := /bin/bash
 PYTHON_IN_VENV := .venv/bin/python
 ARGS ?=
 
-.PHONY: help setup test test-distributed lint types format demo check-gpu check-null-gpu clean
+.PHONY: help setup test test-distributed test-reliability lint types format demo check-gpu check-null-gpu clean
 
 help:
 	@echo "make setup           the .venv: vLLM for this machine, the plugin, its tools"
 	@echo "make test            the tests of one engine; at most 20 minutes on 2 cores"
 	@echo "make test-distributed  those of several ranks, engines and Ray nodes"
+	@echo "make test-reliability  a server under mixed traffic and faults, for some minutes"
 	@echo "make demo            vLLM with and without layerskip, side by side"
 	@echo "make lint types      what CI checks besides"
 	@echo "make format          format the code and fix what can be fixed"
@@ -22,10 +23,14 @@ setup:
 	@scripts/setup.sh
 
 test: setup
-	$(PYTHON_IN_VENV) -m pytest --numprocesses 2 --dist loadfile --ignore tests/distributed $(ARGS)
+	$(PYTHON_IN_VENV) -m pytest --numprocesses 2 --dist loadfile --ignore tests/distributed \
+	  --ignore tests/reliability $(ARGS)
 
 test-distributed: setup
 	$(PYTHON_IN_VENV) -m pytest tests/distributed $(ARGS)
+
+test-reliability: setup
+	$(PYTHON_IN_VENV) -m pytest tests/reliability $(ARGS)
 
 lint: setup
 	$(PYTHON_IN_VENV) -m ruff format --check .

@@ -156,14 +156,18 @@ def _check_refusal(request: Request, status: int, text: str) -> End:
         raise Fault(f"status {status} for a request that is right: {text[:300]}")
     if not 400 <= status < 500:
         raise Fault(f"status {status} for a request to be refused with a 4xx: {text[:300]}")
-    try:
-        error = json.loads(text)["error"]
-        message = error["message"]
-    except (ValueError, KeyError, TypeError):
-        message = ""
-    if not message:
+    if not _find_message(text):
         raise Fault(f"status {status} without an error message: {text[:300]!r}")
     return End.REFUSED
+
+
+def _find_message(text: str) -> Any:
+    """What an error says; FastAPI's own, of bodies that it cannot decode, is a `detail`."""
+    try:
+        answer = json.loads(text)
+        return answer["detail"] if "detail" in answer else answer["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _check_whole(request: Request, received: _Received) -> None:

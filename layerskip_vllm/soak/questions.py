@@ -121,10 +121,11 @@ class _Writer:
         }
 
     def _context_end(self) -> dict[str, Any]:
-        max_tokens = min(self._rng.randint(1, 12), self._context - 1)
+        # vLLM cuts what is past the context, up to the whole of it.
+        room = self._rng.randint(1, 12)
         return {
-            "prompt": self._text(self._context - max_tokens),
-            "max_tokens": max_tokens,
+            "prompt": self._text(self._context - room),
+            "max_tokens": self._rng.choice([room, self._context]),
             "ignore_eos": True,
         }
 

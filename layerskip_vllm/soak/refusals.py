@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,10 +28,15 @@ WRONG_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "prompt of unknown tokens": {"prompt": [2**31]},
     "prompt of mixed types": {"prompt": ["a", 1]},
     "prompt is empty": {"prompt": []},
+    "prompt is an empty text": {"prompt": ""},
     "max_tokens is text": {"max_tokens": "many"},
+    "max_tokens is 0": {"max_tokens": 0},
     "max_tokens is negative": {"max_tokens": -1},
     "max_tokens is huge": {"max_tokens": 2**40},
     "temperature is text": {"temperature": "hot"},
+    "temperature is no number": {"temperature": math.nan},
+    "temperature is infinite": {"temperature": math.inf},
+    "repetition_penalty is no number": {"repetition_penalty": math.nan},
     "temperature is negative": {"temperature": -0.1},
     "temperature is above 2": {"temperature": 2.1},
     "top_p is 0": {"top_p": 0},

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from layerskip_vllm.soak.questions import MAX_PROMPT_TOKENS, Question
+from layerskip_vllm.soak.questions import Question
 from layerskip_vllm.soak.refusals import (
     MALFORMED_TEXTS,
     UNSUPPORTED,
@@ -163,11 +163,10 @@ class Traffic:
         context = self.service.max_model_len
         token_ids = [token_id for piece in self.service.pieces for token_id in piece]
         whole = (token_ids * (context // len(token_ids) + 2))[: context + 1]
-        room = min(context, MAX_PROMPT_TOKENS) // 2
         bodies: list[tuple[str, dict[str, Any]]] = [
             ("prompt of the context and a token", {"prompt": whole, "max_tokens": 1}),
             ("prompt of the context", {"prompt": whole[:-1], "max_tokens": 1}),
-            ("max_tokens past the context", {"prompt": whole[:room], "max_tokens": context}),
+            ("max_tokens above the context", {"prompt": whole[:9], "max_tokens": context + 1}),
             ("a long text", {"prompt": "word " * (8 * context), "max_tokens": 1}),
         ]
         detail, body = self._rng.choice(bodies)
@@ -206,13 +205,16 @@ class Traffic:
         is_stream: bool | None = None,
         **cancel: Any,
     ) -> Request:
+        prompt, max_tokens = question.body["prompt"], question.body["max_tokens"]
+        if not isinstance(prompt, str):
+            max_tokens = min(max_tokens, self.service.max_model_len - len(prompt))
         return self._answered(
             kind,
             detail,
             {**question.body, **setting},
             is_stream=is_stream,
             question=question,
-            max_tokens=question.body["max_tokens"],
+            max_tokens=max_tokens,
             **cancel,
         )
 
@@ -274,7 +276,7 @@ _SAMPLED: Mapping[str, Mapping[str, Any]] = {
     "forced length": {"min_tokens": _SAMPLED_TOKENS},
     "one token": {"max_tokens": 1},
     "long stop strings": {"stop": ["x" * 500, "def ", "\n\n"]},
-    "many bad words": {"bad_words": [f"w{index}" for index in range(100)]},
+    "many bad words": {"bad_words": [f"w{index}" for index in range(40)]},
     "one allowed token": {"allowed_token_ids": [5]},
     "min_p 0 and no bias": {"min_p": 0, "logit_bias": {}},
 }

@@ -94,8 +94,8 @@ class FakeServer:
             return refuse(f"it must be an integer from 0, which turns drafting off, to {K}")
         fault = self.misbehave(self.num_asked, body)
         self.num_asked += 1
-        if fault != "accept" and (is_wrong(body) or is_too_long(body)):
-            return refuse("it is wrong") if fault != "no message" else web.Response(status=400)
+        if is_wrong(body) or is_too_long(body):
+            return refuse_wrongly(fault) if fault else refuse("it is wrong")
         if fault == "status 500":
             return web.Response(status=500, text="an internal error")
         if fault == "hang":
@@ -113,7 +113,9 @@ class FakeServer:
         choices = []
         for prompt in prompts:
             for _ in range(body.get("n", 1)):
-                token_ids = complete(prompt, body.get("max_tokens", 16))
+                length = 0 if isinstance(prompt, str) else len(prompt)
+                max_tokens = min(body.get("max_tokens", 16), MAX_MODEL_LEN - length)
+                token_ids = complete(prompt, max_tokens)
                 if fault == "wrong token":
                     token_ids[-1] += 1
                 if fault == "wrong tokens":
@@ -173,10 +175,17 @@ def refuse(message: str) -> web.Response:
     return web.json_response({"error": {"message": message}}, status=400)
 
 
+def refuse_wrongly(fault: str) -> web.Response:
+    if fault == "accept":
+        return web.json_response({"choices": []})
+    assert fault == "no message"
+    return web.Response(status=400)
+
+
 def is_wrong(body: Mapping[str, Any]) -> bool:
     changes = [*WRONG_FIELDS.values(), *UNSUPPORTED.values(), *wrong_layerskip_settings(K).values()]
     return any(
-        all(key in body and body[key] == value for key, value in change.items())
+        all(key in body and repr(body[key]) == repr(value) for key, value in change.items())
         for change in changes
         if change != WRONG_FIELDS["stream_options without stream"] or "stream" not in body
     )
@@ -186,4 +195,4 @@ def is_too_long(body: Mapping[str, Any]) -> bool:
     prompt = body["prompt"]
     if isinstance(prompt, str):
         return len(prompt) > 4 * MAX_MODEL_LEN
-    return len(prompt) + body["max_tokens"] > MAX_MODEL_LEN if "max_tokens" in body else False
+    return len(prompt) >= MAX_MODEL_LEN or body.get("max_tokens", 0) > MAX_MODEL_LEN
