@@ -107,10 +107,10 @@ class Server:
         assert self._process is not None
         return self._process.pid
 
-    def wait(self, timeout_s: float) -> int:
-        """Wait for it to end by itself: its exit status."""
+    def wait(self, timeout_s: float) -> None:
+        """Wait for it to end by itself; its exit status is vLLM's affair, 0 after a dead engine."""
         assert self._process is not None
-        return self._process.wait(timeout_s)
+        self._process.wait(timeout_s)
 
     @property
     def url(self) -> str:
