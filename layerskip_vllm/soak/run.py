@@ -155,9 +155,10 @@ async def _send_all(
         )
 
     async def work() -> None:
-        while not is_over():
-            await _send_one(session, soak.tally, traffic.draw())
-            on_progress(soak)
+        with contextlib.suppress(asyncio.CancelledError):  # Ctrl-C in the pause after a fault
+            while not is_over():
+                await _send_one(session, soak.tally, traffic.draw())
+                on_progress(soak)
 
     workers = [asyncio.create_task(work()) for _ in range(config.concurrency)]
     with _on_interrupt(soak, workers):

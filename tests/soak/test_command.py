@@ -108,6 +108,23 @@ def test_command_reports_what_it_has_when_interrupted(
     assert "each request ended as it must" in out
 
 
+def test_command_reports_what_it_has_when_interrupted_between_faults(
+    server: tuple[FakeServer, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake, url = server
+    fake.misbehave = lambda index, body: "status 500" if index > 3 else ""
+
+    def interrupt() -> None:
+        while fake.num_asked < 10:
+            time.sleep(0.01)
+        time.sleep(0.5)  # all are in the pause after a fault
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    assert main(["soak", url, "--minutes=5", "--kinds=question", "--concurrency=8"]) == 1
+    assert "status 500 for a request that is right" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
