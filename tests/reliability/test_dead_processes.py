@@ -57,7 +57,8 @@ async def kill_while_asked(server: Server, name: str) -> list[Outcome]:
     """Open requests, streams and others, kill a process, ask once more: what becomes of them."""
     traffic = Traffic(await inspect(server.url), [LONG], seed=0)
     async with await open_session(server.url, timeout_s=120) as session:
-        requests = [traffic.draw_question() for _ in range(NUM_OPEN)]
+        drawn = [traffic.draw_question() for _ in range(NUM_OPEN)]
+        requests = sorted(drawn, key=lambda request: not request.is_stream)
         assert len({request.is_stream for request in requests}) == 2
         open_requests = [asyncio.create_task(send(session, request)) for request in requests]
         monitor = Monitor(session, pid=None)
