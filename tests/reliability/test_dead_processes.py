@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import aiohttp
 import psutil
 import pytest
 
@@ -20,10 +21,8 @@ from tests.serving.server import FLAGS, Server
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
-# Twice what the server runs at once.
+# Twice what the server runs at once: half are being answered when the process dies, half wait.
 NUM_OPEN = 8
-# Half of them are in the middle of their answers when the process dies, half are still waiting.
-GENERATED, NUM_TOKENS = "vllm:generation_tokens_total", 100
 # Long enough that none has ended when the process dies.
 LONG = Question(
     "long answer",
@@ -53,17 +52,25 @@ def find_process(server: Server, name: str) -> psutil.Process:
     return found
 
 
+async def wait_for_tokens(session: aiohttp.ClientSession) -> None:
+    """Wait until the open requests have been given some tokens."""
+    monitor, name = Monitor(session, pid=None), "vllm:generation_tokens_total"
+    before = (await monitor.look()).sample.values[name]
+    while (await monitor.look()).sample.values[name] < before + 20:
+        await asyncio.sleep(0.05)
+
+
 async def kill_while_asked(server: Server, name: str) -> list[Outcome]:
     """Open requests, streams and others, kill a process, ask once more: what becomes of them."""
     traffic = Traffic(await inspect(server.url), [LONG], seed=0)
     async with await open_session(server.url, timeout_s=120) as session:
         drawn = [traffic.draw_question() for _ in range(NUM_OPEN)]
-        requests = sorted(drawn, key=lambda request: not request.is_stream)
-        assert len({request.is_stream for request in requests}) == 2
-        open_requests = [asyncio.create_task(send(session, request)) for request in requests]
-        monitor = Monitor(session, pid=None)
-        while (await monitor.look()).sample.values[GENERATED] < NUM_TOKENS:
-            await asyncio.sleep(0.1)
+        open_requests = []
+        for is_stream in (True, False):
+            requests = [request for request in drawn if request.is_stream == is_stream]
+            assert requests
+            open_requests += [asyncio.create_task(send(session, request)) for request in requests]
+            await wait_for_tokens(session)
         assert not any(task.done() for task in open_requests)
         os.kill(find_process(server, name).pid, signal.SIGKILL)
         outcomes = await asyncio.gather(*open_requests)
