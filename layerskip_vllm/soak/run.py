@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -154,15 +154,21 @@ async def _send_all(
             or len(soak.tally.faults) >= config.max_faults
         )
 
-    async def work() -> None:
+    async def work(requests: Iterable[Request]) -> None:
         with contextlib.suppress(asyncio.CancelledError):  # Ctrl-C in the pause after a fault
-            while not is_over():
-                await _send_one(session, soak.tally, traffic.draw())
+            for request in requests:
+                if is_over():
+                    return
+                await _send_one(session, soak.tally, request)
                 on_progress(soak)
 
-    workers = [asyncio.create_task(work()) for _ in range(config.concurrency)]
-    with _on_interrupt(soak, workers):
-        await asyncio.gather(*workers)
+    rounds: list[list[Iterable[Request]]] = [[iter(traffic.draw, None)] * config.concurrency]
+    if not config.kinds:
+        rounds.insert(0, [traffic.list_alone()])
+    for round_ in rounds:
+        workers = [asyncio.create_task(work(requests)) for requests in round_]
+        with _on_interrupt(soak, workers):
+            await asyncio.gather(*workers)
     soak.seconds = time.monotonic() - start_s
 
 

@@ -79,6 +79,19 @@ class Traffic:
         (kind,) = self._rng.choices(kinds, [KINDS[name][0] for name in kinds])
         return KINDS[kind][1](self)
 
+    def list_alone(self) -> list[Request]:
+        """Returns one request of each setting, for a server that has nothing else to do.
+
+        A batch of one takes other paths than a batch of many, such as steps without any draft.
+        """
+        question = self.questions[0]
+        sampled = [self._sample_with(name, setting) for name, setting in _SAMPLED.items()]
+        greedy = [
+            self._ask(question, setting, "one candidate", f"alone, {setting}")
+            for setting in _ONE_CANDIDATE
+        ]
+        return [*greedy, *sampled]
+
     def draw_question(self) -> Request:
         """Returns a greedy question, streamed or not, drafted for as the server does or less."""
         question = self._rng.choice(self.questions)
@@ -92,17 +105,13 @@ class Traffic:
     def _ask_with_one_candidate(self) -> Request:
         """A question whose sampling leaves the likeliest token alone: the greedy answer."""
         question = self._rng.choice(self.questions)
-        setting: dict[str, Any] = self._rng.choice(
-            [
-                {"temperature": 2, "top_k": 1},
-                {"temperature": 1, "top_p": 1e-6},
-                {"temperature": 0, "top_p": 0.5, "top_k": 3, "seed": 5},
-            ]
-        )
+        setting = self._rng.choice(_ONE_CANDIDATE)
         return self._ask(question, setting, "one candidate", f"{question.kind}, {setting}")
 
     def _sample(self) -> Request:
-        name, setting = self._rng.choice(list(_SAMPLED.items()))
+        return self._sample_with(*self._rng.choice(list(_SAMPLED.items())))
+
+    def _sample_with(self, name: str, setting: Mapping[str, Any]) -> Request:
         prompt, max_tokens = self._cut_prompt(_SAMPLED_TOKENS), setting.get("max_tokens")
         num_prompts = self._rng.choice([1, 1, 3])
         body = {
@@ -256,11 +265,19 @@ def _list_malformed(service: Service) -> list[tuple[str, str, bytes]]:
 
 _CHAT_TEXTS = ("Hello!", "Write a haiku about caches.", "", "\u0000\uffff", "1 + 1 = " * 50)
 
+# Settings of sampling that leave the likeliest token alone.
+_ONE_CANDIDATE: Sequence[Mapping[str, Any]] = (
+    {"temperature": 2, "top_k": 1},
+    {"temperature": 1, "top_p": 1e-6},
+    {"temperature": 0, "top_p": 0.5, "top_k": 3, "seed": 5},
+)
+
 # Settings at their limits, which must be answered all the same.
 _SAMPLED: Mapping[str, Mapping[str, Any]] = {
     "temperature 2": {"temperature": 2},
     "temperature just above 0": {"temperature": 1e-6},
     "defaults": {},
+    "top_k alone": {"top_k": 5},
     "huge top_k": {"top_k": 2**40},
     "tiny top_p": {"temperature": 2, "top_p": 1e-9},
     "top_k and top_p": {"top_k": 5, "top_p": 0.1, "seed": 0},
