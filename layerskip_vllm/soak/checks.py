@@ -48,7 +48,7 @@ def check_all(
     """
     checks = [
         _check_requests(tally),
-        Check("server is healthy", is_healthy, "/health answers 200" if is_healthy else "it isn't"),
+        Check("server is healthy", is_healthy, "/health answers 200" if is_healthy else "no 200"),
         _check_idle(looks[-1], is_idle),
         _check_drafts(tally, looks),
     ]
