@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PYTHON_IN_VENV := .venv/bin/python
 ARGS ?=
 # What runs a service; `.ci/run` tests it after the rest.
-PRODUCTION := tests/features tests/distributed
+PRODUCTION := tests/features tests/distributed tests/reliability
 
 .PHONY: help setup test test-production lint types format demo check-gpu check-null-gpu clean
 

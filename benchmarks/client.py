@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+
+from layerskip_vllm.soak.event_stream import StreamError, is_done_line, parse_sse_line
 
 _REQUEST_TIMEOUT_S = 600
 
@@ -62,44 +63,6 @@ class Round:
     def tokens_per_s(self) -> float:
         """Generated tokens a second, all requests together."""
         return self.num_tokens / self.duration_s
-
-
-class StreamError(RuntimeError):
-    """The server refused a request or broke off its stream."""
-
-
-def parse_sse_line(line: bytes) -> dict[str, Any] | None:
-    """Reads one line of an event stream.
-
-    Args:
-        line: A line as it was received, with or without its line break.
-
-    Returns:
-        The JSON object that it carries; None for the empty lines and comments between events, and
-        for `[DONE]`, which `is_done_line` tells apart.
-
-    Raises:
-        StreamError: If the line is no `data:` line, no JSON object, or the server's error message.
-    """
-    text = line.decode().strip()
-    if not text or text.startswith(":") or is_done_line(line):
-        return None
-    if not text.startswith("data:"):
-        raise StreamError(f"expected a 'data:' line from the server, got {text[:200]!r}.")
-    try:
-        event = json.loads(text.removeprefix("data:"))
-    except json.JSONDecodeError as error:
-        raise StreamError(f"expected JSON from the server, got {text[:200]!r}.") from error
-    if not isinstance(event, dict):
-        raise StreamError(f"expected a JSON object from the server, got {text[:200]!r}.")
-    if "error" in event:
-        raise StreamError(f"the server reports: {event['error']}")
-    return event
-
-
-def is_done_line(line: bytes) -> bool:
-    """Returns whether `line` is the one that ends an event stream."""
-    return line.strip() == b"data: [DONE]"
 
 
 class StreamAssembler:

@@ -18,7 +18,6 @@ from types import FrameType
 import aiohttp
 from rich.console import Console
 
-from benchmarks.client import StreamError
 from benchmarks.comparison import Comparison, compare
 from benchmarks.hardware import describe_hardware, list_gpu_names
 from benchmarks.picture import draw_comparison
@@ -27,6 +26,7 @@ from benchmarks.rounds import ask, measure_in_turns
 from benchmarks.serving import Server, ServerError
 from benchmarks.vllm_command import LAYERSKIP, PLAIN, build_commands, build_env, resolve_vllm
 from layerskip_vllm.checkpoints import default_settings
+from layerskip_vllm.soak.event_stream import StreamError
 from layerskip_vllm.training.stdlib_corpus import held_out_prompts
 from layerskip_vllm.watch.counters import SpecDecodeCounters, parse_spec_decode_counters
 

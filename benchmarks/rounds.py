@@ -13,9 +13,10 @@ import aiohttp
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from benchmarks.client import Round, StreamError, complete_round, ignore_tokens
+from benchmarks.client import Round, complete_round, ignore_tokens
 from benchmarks.serving import Server
 from benchmarks.vllm_command import SERVED_MODEL_NAME
+from layerskip_vllm.soak.event_stream import StreamError
 
 
 def ask(

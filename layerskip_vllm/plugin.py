@@ -282,6 +282,14 @@ def _hook_reject(original: Any) -> Any:
     return _rejection_random_sample_kernel_impl
 
 
+def _hook_top_k(original: Any) -> Any:
+    @functools.wraps(original)
+    def apply_top_k_only(logits: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return original(logits, k) if logits.shape[0] else logits
+
+    return apply_top_k_only
+
+
 def _hook_sample(original: Any) -> Any:
     @functools.wraps(original)
     def sample(self: Any, hidden_states: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -384,7 +392,7 @@ METHOD_HOOKS = (
     ),
 )
 
-# What is wrong in vLLM itself and would make drafts wrong.
+# What is wrong in vLLM itself and would make drafts wrong, or end the engine.
 MENDS = (
     Hook(
         target="vllm.utils.cpu_triton_utils:_expand_kernel_impl",
@@ -399,6 +407,12 @@ MENDS = (
             "vllm.utils.cpu_triton_utils:_rejection_random_sample_kernel_impl": "07b8705b119dc62b",
         },
         why="on the CPU, sampling refuses the placeholder drafts of a prompt that is cached",
+    ),
+    Hook(
+        target="vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_only",
+        replace=_hook_top_k,
+        relies_on={"vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_only": "2d58824a27f72f0a"},
+        why="on the CPU, top_k in a step without any draft does not end the engine",
     ),
     Hook(
         target=f"{_V2_RUNNER}.sample",

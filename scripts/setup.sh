@@ -174,7 +174,7 @@ say "installing the plugin and its tools"
 # With the torch that vLLM brought: another one would break its kernels.
 torch_version=$("$VENV/bin/python" -c 'import importlib.metadata as m; print(m.version("torch"))')
 "${pip[@]}" install --constraint scripts/constraints.txt --no-build-isolation \
-  --editable '.[bench,train,exits,watch,ray,dev]' "torch==$torch_version"
+  --editable '.[bench,train,exits,watch,soak,ray,dev]' "torch==$torch_version"
 "$VENV/bin/python" -c 'import transformers, torch, vllm' ||
   fail "vLLM was installed but cannot be imported; the message above says why."
 printf '%s\n%s\n' "$identity" "$inputs" >"$STAMP"

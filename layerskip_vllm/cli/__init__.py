@@ -9,9 +9,9 @@ import argparse
 from collections.abc import Sequence
 
 from layerskip_vllm import __version__
-from layerskip_vllm.cli import doctor, exits, train, verify, watch
+from layerskip_vllm.cli import doctor, exits, soak, train, verify, watch
 
-COMMANDS = (doctor, exits, train, verify, watch)
+COMMANDS = (doctor, exits, soak, train, verify, watch)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

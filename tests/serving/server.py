@@ -56,7 +56,11 @@ class Server:
     """Serves a model from `__enter__` to `__exit__`, which ends all of its processes."""
 
     def __init__(
-        self, folder: Path, *arguments: str, variables: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        *arguments: str,
+        variables: Mapping[str, str] | None = None,
+        flags: Sequence[str] = FLAGS,
     ) -> None:
         """Prepare the server.
 
@@ -64,9 +68,10 @@ class Server:
             folder: Where its log and its caches go.
             arguments: The model and flags for `vllm serve`.
             variables: More environment variables.
+            flags: The flags that it has besides.
         """
         self.folder = folder
-        self.arguments = arguments
+        self.arguments = [*arguments, *flags]
         self.variables = {"VLLM_CACHE_ROOT": str(folder / "cache"), **(variables or {})}
         self.port = find_free_port()
         self._process: subprocess.Popen[bytes] | None = None
@@ -74,7 +79,7 @@ class Server:
     def __enter__(self) -> Server:
         with (self.folder / "log").open("wb") as log:
             self._process = subprocess.Popen(
-                command(*self.arguments, *FLAGS, f"--port={self.port}"),
+                command(*self.arguments, f"--port={self.port}"),
                 env=environment(**self.variables),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -101,6 +106,11 @@ class Server:
         """The API server's process."""
         assert self._process is not None
         return self._process.pid
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for it to end by itself; its exit status is vLLM's affair, 0 after a dead engine."""
+        assert self._process is not None
+        self._process.wait(timeout_s)
 
     @property
     def url(self) -> str:

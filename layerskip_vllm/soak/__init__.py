@@ -1,0 +1,1 @@
+"""`layerskip-vllm soak`: mixed, broken and hostile traffic, each request accounted for."""
