@@ -26,7 +26,8 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from layerskip_vllm.hooks import hook_state
-from layerskip_vllm.plugin import MENDS, METHOD_HOOKS, register
+from layerskip_vllm.hook_table import MENDS, METHOD_HOOKS
+from layerskip_vllm.plugin import register
 
 model = sys.argv[1]
 sizes = dict(dtype="float32", max_model_len=128, max_num_seqs=4, kv_cache_memory_bytes=1 << 24)

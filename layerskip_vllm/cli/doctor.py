@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerskip_vllm import __version__, hooks, plugin
+from layerskip_vllm import __version__, hook_table, hooks, plugin
 from layerskip_vllm.cli.doctor_report import Report, format_report
 from layerskip_vllm.cli.saved_weights import estimate_shares, find_folder, read_shares
 
@@ -122,7 +122,7 @@ def examine_hooks(report: Report) -> None:
     except hooks.HookError as error:
         is_registered = False
         report.problems.append(str(error))
-    for hook in plugin.MENDS if has_registry else plugin.HOOKS:
+    for hook in hook_table.MENDS if has_registry else hook_table.HOOKS:
         problems, state = hooks.check(hook), "checked"
         if is_registered and not problems:
             problems, state = _apply(hook)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from layerskip_vllm import hooks, plugin
+from layerskip_vllm import hook_table, hooks
 from layerskip_vllm.cli import main
 from layerskip_vllm.cli.saved_weights import read_shares
 
@@ -56,9 +56,9 @@ def test_doctor_lists_every_hook_as_applied_when_all_is_in_place(doctor: Doctor)
     _, report = doctor()
     assert report["hooks"] == [
         {"target": hook.target, "why": hook.why, "state": "applied", "problems": []}
-        for hook in plugin.HOOKS
+        for hook in hook_table.HOOKS
     ]
-    assert {hooks.hook_state(hook) for hook in plugin.HOOKS} == {"applied"}
+    assert {hooks.hook_state(hook) for hook in hook_table.HOOKS} == {"applied"}
 
 
 def test_doctor_says_what_it_would_pick_when_a_checkpoint_is_named(
@@ -185,7 +185,7 @@ def test_doctor_reports_a_problem_when_the_version_of_vllm_is_another(
 def test_doctor_names_the_hook_when_its_target_has_changed(
     doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changed = plugin.HOOKS[0].target
+    changed = hook_table.HOOKS[0].target
     digest = hooks.source_digest
     monkeypatch.setattr(
         hooks, "source_digest", lambda name: "0" if name == changed else digest(name)

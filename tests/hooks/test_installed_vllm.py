@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from layerskip_vllm import hooks
+from layerskip_vllm.hook_table import HOOKS
 from layerskip_vllm.hooks import Hook, HookError, check, install
-from layerskip_vllm.plugin import HOOKS, SKIP_VERSION_CHECK, register
+from layerskip_vllm.plugin import SKIP_VERSION_CHECK, register
 
 LEDGER = Path(__file__).parents[2] / "patches" / "README.md"
 

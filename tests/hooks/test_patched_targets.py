@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
+from layerskip_vllm.hook_table import HOOKS
 from layerskip_vllm.hooks import Hook
-from layerskip_vllm.plugin import HOOKS
 
 SCRIPT = """
 import functools, importlib, json
 from layerskip_vllm import hooks
-from layerskip_vllm.plugin import HOOKS, register
+from layerskip_vllm.hook_table import HOOKS
+from layerskip_vllm.plugin import register
 
 def patch(*args, **kwargs):
     pass

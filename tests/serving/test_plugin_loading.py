@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from layerskip_vllm.plugin import HOOKS
+from layerskip_vllm.hook_table import HOOKS
 from tests.serving.server import Server, environment
 
 ARGS_HOOKS = {hook.target for hook in HOOKS if ":EngineArgs." in hook.target}
@@ -28,7 +28,7 @@ def register():
 
 def report():
     from layerskip_vllm.hooks import hook_state
-    from layerskip_vllm.plugin import HOOKS
+    from layerskip_vllm.hook_table import HOOKS
     file = Path(os.environ["VLLM_TEST_PROBE"]) / f"{os.getpid()}.json"
     while True:
         states = {hook.target: hook_state(hook) for hook in HOOKS}
@@ -143,7 +143,8 @@ import layerskip_vllm, layerskip_vllm.plugin, layerskip_vllm.cli
 seen = {"package": sorted({name.split(".")[0] for name in set(sys.modules) - before})}
 
 from layerskip_vllm.hooks import hook_state
-from layerskip_vllm.plugin import HOOKS, register
+from layerskip_vllm.hook_table import HOOKS
+from layerskip_vllm.plugin import register
 
 def states():
     return {hook.target: hook_state(hook) for hook in HOOKS}
