@@ -80,3 +80,18 @@ def check_engine(args: EngineArgs, parallel_config: ParallelConfig) -> None:
             raise ValueError(
                 f"{name} is {value!r}, which layerskip does not support; it must be {right!r}."
             )
+    if args.scheduler_cls is not None:
+        _check_scheduler(args.scheduler_cls)
+
+
+def _check_scheduler(given: str | type) -> None:
+    """Refuse a scheduler that would not keep requests to the drafts that they ask for."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    scheduler = resolve_obj_by_qualname(given) if isinstance(given, str) else given
+    if not (isinstance(scheduler, type) and issubclass(scheduler, Scheduler)):
+        raise ValueError(
+            f"scheduler_cls is {given!r}, which layerskip does not support; it must extend vLLM's "
+            "Scheduler or AsyncScheduler, which hold each request to its number of drafts."
+        )

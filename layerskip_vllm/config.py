@@ -145,6 +145,7 @@ def create_layerskip_config(
     """
     settings = _merge_settings(args)
     _check_settings(settings)
+    _check_local_argmax(settings, bool(args.enable_lora))
     check_model(model_config)
     check_engine(args, parallel_config)
     defaults = default_settings(
@@ -222,13 +223,20 @@ def _check_settings(settings: dict[str, Any]) -> None:
     for key in ("exit_layer", "num_speculative_tokens"):
         if key in settings:
             check_positive_int(key, settings[key])
-    if (
-        settings.get("use_local_argmax_reduction")
-        and settings.get("draft_sample_method") == "probabilistic"
-    ):
+
+
+def _check_local_argmax(settings: Mapping[str, Any], has_lora: bool) -> None:
+    if not settings.get("use_local_argmax_reduction"):
+        return
+    if settings.get("draft_sample_method") == "probabilistic":
         raise ValueError(
             "use_local_argmax_reduction is true and draft_sample_method is 'probabilistic', which "
             "needs all logits; use 'greedy' drafts or leave use_local_argmax_reduction out."
+        )
+    if has_lora:
+        raise ValueError(
+            "use_local_argmax_reduction is true and enable_lora is true, but vLLM's head with "
+            "adapters gives whole logits alone; leave one of them out."
         )
 
 

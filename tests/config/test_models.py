@@ -103,6 +103,30 @@ def test_engine_setting_is_refused_when_drafting_does_not_support_it(
     assert f"must be {right!r}" in message
 
 
+class FirstComeScheduler:
+    """A scheduler that is not vLLM's."""
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+@pytest.mark.feature(
+    "Engine", "`scheduler_cls` that is not vLLM's", runners=("v1", "v2"), is_refused=True
+)
+def test_scheduler_is_refused_when_it_does_not_extend_vllms(
+    configure: Callable[..., Any], is_named: bool
+) -> None:
+    name = f"{__name__}.{FirstComeScheduler.__name__}"
+    given = name if is_named else FirstComeScheduler
+    message = refusal(configure, scheduler_cls=given)
+    assert f"scheduler_cls is {given!r}" in message
+    assert "must extend vLLM's Scheduler or AsyncScheduler" in message
+
+
+def test_scheduler_is_accepted_when_it_is_vllms(configure: Callable[..., Any]) -> None:
+    name = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
+    vllm_config = configure(speculative_config=LAYERSKIP, scheduler_cls=name)
+    assert vllm_config.scheduler_config.scheduler_cls == name
+
+
 @pytest.mark.feature("Engine", "`enable_eplb` = True", runners=("v1", "v2"), is_refused=True)
 def test_expert_load_balancing_is_refused_when_it_is_on(write_model: Callable[..., str]) -> None:
     from vllm.config import ParallelConfig

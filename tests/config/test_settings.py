@@ -137,6 +137,13 @@ def test_schedule_of_tokens_is_refused_when_it_is_malformed(
     assert "must be" in message
 
 
+def test_local_argmax_is_refused_when_the_head_may_have_adapters(speculate: Speculate) -> None:
+    settings = {"method": "layerskip", "use_local_argmax_reduction": True}
+    message = refusal(speculate, speculative_config=settings, enable_lora=True)
+    assert "use_local_argmax_reduction is true and enable_lora is true" in message
+    assert "leave one of them out" in message
+
+
 def test_local_argmax_is_refused_when_drafts_are_sampled(speculate: Speculate) -> None:
     message = refusal_of(
         speculate, use_local_argmax_reduction=True, draft_sample_method="probabilistic"
