@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 from tests.support.checks import DRAFTERS
 from tests.support.engine_process import EngineProcess
+from tests.support.exit_adapters import make_exit_adapter
+from tests.support.lora_adapters import make_lora_adapter
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 from tests.support.worker_probe import Served
 
@@ -27,21 +30,26 @@ UNSEEDED = tuple(replace(request, params={**request.params, "seed": None}) for r
 
 @dataclass(frozen=True)
 class Case:
-    """A model and settings to compare one rank and two on."""
+    """A model and settings to compare one rank and two on; `parallel` is for the two alone."""
 
     architecture: str
-    speculative: dict[str, Any]
-    engine: dict[str, Any]
+    speculative: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+    parallel: dict[str, Any] = field(default_factory=dict)
     requests: tuple[Request, ...] = GREEDY
 
 
 CASES = {
     # Batches of greedy requests, batches with some of them, and batches with none.
     "probabilistic": Case(
-        "llama", {"draft_sample_method": "probabilistic"}, {}, GREEDY + SEEDED + UNSEEDED
+        "llama",
+        {"draft_sample_method": "probabilistic"},
+        requests=GREEDY + SEEDED + UNSEEDED,
     ),
-    "local_argmax": Case("llama", {"use_local_argmax_reduction": True}, {}),
-    "experts": Case("mixtral", {}, {"enable_expert_parallel": True}),
+    "local_argmax": Case("llama", {"use_local_argmax_reduction": True}),
+    "experts": Case("mixtral", parallel={"enable_expert_parallel": True}),
+    "LoRA": Case("llama", engine={"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}),
+    "exit adapter": Case("llama"),
 }
 
 
@@ -73,14 +81,24 @@ def process(
 
 @pytest.fixture(scope="module", params=CASES)
 def comparison(
-    request: pytest.FixtureRequest, process: EngineProcess, checkpoint: Callable[..., Path]
+    request: pytest.FixtureRequest,
+    process: EngineProcess,
+    checkpoint: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Comparison:
     case = CASES[request.param]
+    folder, model = tmp_path_factory.mktemp("adapters"), checkpoint(case.architecture)
+    if request.param == "LoRA":
+        adapters = [str(make_lora_adapter(folder / str(seed), model, seed)) for seed in range(2)]
+        by_turns = zip(GREEDY, itertools.cycle([*adapters, None]), strict=False)
+        case = replace(case, requests=tuple(replace(r, adapter=folder) for r, folder in by_turns))
+    elif request.param == "exit adapter":
+        sizes = {"exit_layer": EXIT_LAYER, "num_speculative_tokens": K}
+        adapter = make_exit_adapter(folder / "exit", std=0.1, **sizes)
+        case = replace(case, speculative={"exit_adapter": str(adapter)})
     speculative = layerskip(EXIT_LAYER, K, **case.speculative)
-    scenario = Scenario(
-        str(checkpoint(case.architecture)), case.requests, speculative, {"max_num_seqs": 3}
-    )
-    two_ranks = {"tensor_parallel_size": 2, **case.engine}
+    scenario = Scenario(str(model), case.requests, speculative, {"max_num_seqs": 3, **case.engine})
+    two_ranks = {"tensor_parallel_size": 2, **case.parallel}
     plain, one, two = (
         process.run("tests.support.distributed_job:serve", scenario)
         for scenario in (

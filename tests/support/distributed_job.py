@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vllm import LLM, SamplingParams
 
-from tests.support.jobs import engine
+from tests.support.jobs import engine, lora_requests
 from tests.support.scenarios import GREEDY, Scenario
 from tests.support.worker_probe import Served
 
@@ -61,6 +61,7 @@ def _generate(llm: LLM, scenario: Scenario) -> list[list[int]]:
         [{"prompt_token_ids": list(request.prompt)} for request in scenario.requests],
         [SamplingParams(**{**GREEDY, **request.params}) for request in scenario.requests],
         use_tqdm=False,
+        lora_request=lora_requests(scenario.requests),
     )
     return [list(output.outputs[0].token_ids) for output in outputs]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,16 @@ def _async_scheduling() -> Iterator[None]:
         CpuPlatform.check_and_update_config = original
 
 
+def lora_requests(requests: Sequence[Request]) -> list[LoRARequest | None]:
+    """What each request says of its adapter; the adapters are numbered from 1."""
+    folders = sorted({request.adapter for request in requests if request.adapter})
+    adapters = {
+        folder: LoRARequest(folder, number, lora_path=folder)
+        for number, folder in enumerate(folders, start=1)
+    }
+    return [adapters.get(request.adapter) for request in requests]
+
+
 class Server:
     """Feeds a scenario's requests to an engine and steps it."""
 
@@ -117,7 +127,7 @@ class Server:
             str(index),
             self._prompt(request),
             SamplingParams(**params, output_kind=kind),
-            lora_request=self._adapter(request),
+            lora_request=lora_requests(self.requests)[index],
             priority=request.priority,
         )
 
@@ -127,14 +137,6 @@ class Server:
         with safe_open(Path(self.model, "model.safetensors"), "pt") as weights:
             embeddings = weights.get_tensor("model.embed_tokens.weight")
         return {"prompt_embeds": embeddings[list(request.prompt)]}
-
-    def _adapter(self, request: Request) -> LoRARequest | None:
-        if request.adapter is None:
-            return None
-        folders = sorted({other.adapter for other in self.requests if other.adapter})
-        return LoRARequest(
-            request.adapter, 1 + folders.index(request.adapter), lora_path=request.adapter
-        )
 
     def _receive(self, output: Any) -> None:
         index = int(output.request_id)

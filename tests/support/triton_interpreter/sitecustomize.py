@@ -16,16 +16,17 @@ from types import SimpleNamespace
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Changes a module once, right after it is imported."""
+    """Changes a module right after it is imported."""
 
     def __init__(self, name, change):
-        self.name, self.change = name, change
+        self.name, self.change, self.is_searching = name, change, False
 
     def find_spec(self, name, path, target=None):
-        if name != self.name:
+        if name != self.name or self.is_searching:
             return None
-        sys.meta_path.remove(self)
+        self.is_searching = True
         spec = importlib.util.find_spec(name)
+        self.is_searching = False
         exec_module = spec.loader.exec_module
 
         def exec_and_change(module):
