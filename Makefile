@@ -4,15 +4,18 @@
 SHELL := /bin/bash
 PYTHON_IN_VENV := .venv/bin/python
 ARGS ?=
-# What runs a service; `.ci/run` tests it after the rest.
-PRODUCTION := tests/features tests/distributed tests/reliability
+IN_TWO := --numprocesses 2 --dist loadfile
+# What a service needs beside the backend itself; `.ci/run` tests it after the rest. The second take
+# both cores for one test.
+FEATURES := tests/features
+SERVICES := tests/distributed tests/reliability
 
 .PHONY: help setup test test-production lint types format demo check-gpu check-null-gpu clean
 
 help:
 	@echo "make setup           the .venv: vLLM for this machine, the plugin, its tools"
 	@echo "make test            the tests; at most 20 minutes on 2 cores"
-	@echo "make test-production those of several ranks, Ray, vLLM's other features, and load"
+	@echo "make test-production those of vLLM's other features, several ranks, Ray, and load"
 	@echo "make demo            vLLM with and without layerskip, side by side"
 	@echo "make lint types      what CI checks besides"
 	@echo "make format          format the code and fix what can be fixed"
@@ -24,10 +27,11 @@ setup:
 	@scripts/setup.sh
 
 test: setup
-	$(PYTHON_IN_VENV) -m pytest --numprocesses 2 --dist loadfile $(PRODUCTION:%=--ignore %) $(ARGS)
+	$(PYTHON_IN_VENV) -m pytest $(IN_TWO) $(foreach f,$(FEATURES) $(SERVICES),--ignore $(f)) $(ARGS)
 
 test-production: setup
-	$(PYTHON_IN_VENV) -m pytest $(PRODUCTION) $(ARGS)
+	$(PYTHON_IN_VENV) -m pytest $(IN_TWO) $(FEATURES) $(ARGS)
+	$(PYTHON_IN_VENV) -m pytest $(SERVICES) $(ARGS)
 
 lint: setup
 	$(PYTHON_IN_VENV) -m ruff format --check .
