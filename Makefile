@@ -5,9 +5,9 @@ SHELL := /bin/bash
 PYTHON_IN_VENV := .venv/bin/python
 ARGS ?=
 IN_TWO := --numprocesses 2 --dist loadfile
-# What a service needs beside the backend itself; `.ci/run` tests it after the rest. The second take
-# both cores for one test.
-FEATURES := tests/features
+# What there is beside the backend and the training: vLLM's other features and the commands. And
+# what takes both cores for one test. `.ci/run` tests both after the rest.
+FEATURES := tests/features tests/exits tests/soak tests/watch
 SERVICES := tests/distributed tests/reliability
 
 .PHONY: help setup test test-production lint types format demo check-gpu check-null-gpu clean
@@ -15,7 +15,7 @@ SERVICES := tests/distributed tests/reliability
 help:
 	@echo "make setup           the .venv: vLLM for this machine, the plugin, its tools"
 	@echo "make test            the tests; at most 20 minutes on 2 cores"
-	@echo "make test-production those of vLLM's other features, several ranks, Ray, and load"
+	@echo "make test-production those of vLLM's other features, the commands, several ranks, Ray, load"
 	@echo "make demo            vLLM with and without layerskip, side by side"
 	@echo "make lint types      what CI checks besides"
 	@echo "make format          format the code and fix what can be fixed"

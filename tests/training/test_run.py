@@ -186,7 +186,7 @@ def test_recipe_makes_a_checkpoint_when_run_in_miniature(tmp_path, checkpoint, n
 
 def test_killed_run_goes_on_as_if_it_had_not_been(tmp_path, checkpoint):
     """The process gets SIGKILL after its first checkpoint; the same command then goes on."""
-    training = {"max_steps": 100, "save_steps": 5, "save_total_limit": 2}
+    training = {"max_steps": 60, "save_steps": 5, "save_total_limit": 2}
     config = small_config(tmp_path, checkpoint, training=training)
     whole = {**config, "training": {**config["training"], "output_dir": str(tmp_path / "whole")}}
     path, out = tmp_path / "config.yaml", tmp_path / "out"
@@ -202,13 +202,13 @@ def test_killed_run_goes_on_as_if_it_had_not_been(tmp_path, checkpoint):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     stopped_after = int(find_last_checkpoint(out).name.rpartition("-")[2])
-    assert 0 < stopped_after < 100
+    assert 0 < stopped_after < 60
     assert not (out / "model.safetensors").exists()
 
     assert main(["train", str(path)]) == 0
     expected = run(whole)
 
-    assert len(expected) == 100
+    assert len(expected) == 60
     assert read_losses(out) == expected
     weights = [
         transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
