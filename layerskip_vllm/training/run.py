@@ -17,6 +17,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainingArguments,
     set_seed,
 )
 
@@ -44,6 +45,7 @@ def prepare(config: RunConfig) -> ResumableTrainer:
         ValueError: Something does not go together, or `output_dir` holds a run of another config.
     """
     args = config.make_arguments()
+    check_whole_checkpoint(args)
     check_same_run(Path(args.output_dir), config)
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer or config.model.path)
@@ -104,13 +106,32 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTr
         model = AutoModelForCausalLM.from_pretrained(config.path, **options)
     else:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.config), **options)
-    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    # Not its weight's size, which is 0 where DeepSpeed has spread the weight over the ranks.
+    num_embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > num_embeddings:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens and the model {num_embeddings}; the model "
             "must have as many or more."
         )
     return model
+
+
+def check_whole_checkpoint(args: TrainingArguments) -> None:
+    """Refuses a DeepSpeed config whose run would not end in a checkpoint that vLLM can load.
+
+    Args:
+        args: The run's arguments.
+
+    Raises:
+        ValueError: DeepSpeed spreads the weights, and does not gather them to be saved.
+    """
+    deepspeed = getattr(args, "hf_deepspeed_config", None)
+    key = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    if deepspeed is not None and deepspeed.is_zero3() and not deepspeed.is_true(key):
+        raise ValueError(
+            f"training.deepspeed has stage 3 and {key} is not true; set it to true, for the result "
+            "to be a checkpoint that transformers and vLLM load."
+        )
 
 
 def identify(config: RunConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -19,7 +20,12 @@ import yaml
 
 from layerskip_vllm.checkpoints import default_settings
 from layerskip_vllm.cli import main
-from layerskip_vllm.training.run import find_last_checkpoint, prepare, train
+from layerskip_vllm.training.run import (
+    check_whole_checkpoint,
+    find_last_checkpoint,
+    prepare,
+    train,
+)
 from layerskip_vllm.training.run_config import RunConfig, list_recipes, load_config
 from layerskip_vllm.training.strict_yaml import make_dataclass
 
@@ -215,6 +221,26 @@ def test_killed_run_goes_on_as_if_it_had_not_been(tmp_path, checkpoint):
         for folder in (out, tmp_path / "whole")
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+class SpreadWeights:
+    """What transformers says of a DeepSpeed config of stage 3."""
+
+    def __init__(self, is_gathered: bool) -> None:
+        self.is_gathered = is_gathered
+
+    def is_zero3(self) -> bool:
+        return True
+
+    def is_true(self, key: str) -> bool:
+        return self.is_gathered and key.endswith("stage3_gather_16bit_weights_on_model_save")
+
+
+def test_deepspeed_is_refused_when_it_would_not_save_whole_weights():
+    check_whole_checkpoint(SimpleNamespace(hf_deepspeed_config=None))
+    check_whole_checkpoint(SimpleNamespace(hf_deepspeed_config=SpreadWeights(is_gathered=True)))
+    with pytest.raises(ValueError, match=r"training\.deepspeed .* is not true; set it to true"):
+        check_whole_checkpoint(SimpleNamespace(hf_deepspeed_config=SpreadWeights(False)))
 
 
 def test_stream_goes_on_where_it_was_when_stopped(tmp_path, checkpoint):
