@@ -17,6 +17,17 @@ ACCEPTED_METRIC = "vllm:spec_decode_num_accepted_tokens"
 ROUNDS_METRIC = "vllm:spec_decode_num_drafts"
 DRAFTED_METRIC = "vllm:spec_decode_num_draft_tokens"
 
+# An engine that is only to count accepted drafts, of a model of any size that fits a CPU.
+COUNTING_ENGINE: Mapping[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 1024,
+    "max_num_seqs": 8,
+    "kv_cache_memory_bytes": 1 << 28,
+    "enforce_eager": True,
+    "disable_log_stats": False,
+    "is_engine_process": False,
+}
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -40,6 +51,11 @@ class Measurement:
     num_drafted: int
     num_accepted: int
     tokens: list[list[int]] = field(repr=False)
+
+    @property
+    def acceptance(self) -> float:
+        """Accepted by drafted tokens."""
+        return self.num_accepted / self.num_drafted
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.engines import Engine, run_engines
+from benchmarks.engines import COUNTING_ENGINE, Engine, run_engines
 from benchmarks.hardware import describe_hardware
 from layerskip_vllm.cli import main as run_command
 from layerskip_vllm.training import stdlib_corpus
@@ -92,18 +92,8 @@ def compare(folder: Path, updated: Path) -> list[Result]:
         "layerskip": {"method": "layerskip", "exit_layer": EXIT_LAYER, **drafting},
         "draft_model": {"method": "draft_model", "model": str(draft), **drafting},
     }
-    arguments = {
-        "model": str(MODEL),
-        "dtype": "float32",
-        "max_model_len": 1024,
-        "max_num_seqs": 8,
-        "kv_cache_memory_bytes": 1 << 28,
-        "enforce_eager": True,
-        "disable_log_stats": False,
-        "is_engine_process": False,
-    }
     engine_args = {
-        name: {**arguments, "speculative_config": speculative}
+        name: {**COUNTING_ENGINE, "model": str(MODEL), "speculative_config": speculative}
         for name, speculative in systems.items()
     }
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -119,8 +109,7 @@ def compare(folder: Path, updated: Path) -> list[Result]:
 
 
 def _accepted(engine: Engine, prompts: list[list[int]]) -> float:
-    round_ = engine.run_round(prompts, MAX_TOKENS, temperature=0.0)
-    return round_.num_accepted / round_.num_drafted
+    return engine.run_round(prompts, MAX_TOKENS, temperature=0.0).acceptance
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.engines import run_engines
+from benchmarks.engines import COUNTING_ENGINE, run_engines
 from benchmarks.hardware import describe_hardware
 from layerskip_vllm.cli import main as run_command
 from layerskip_vllm.exit_adapter import load_exit_adapter
@@ -149,25 +149,18 @@ def count_accepted(model: Path, log_folder: Path, **speculative_config: Any) -> 
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = stdlib_corpus.held_out_prompts(NUM_PROMPTS)
     arguments = {
+        **COUNTING_ENGINE,
         "model": str(model),
-        "dtype": "float32",
-        "max_model_len": 1024,
-        "max_num_seqs": 8,
-        "kv_cache_memory_bytes": 1 << 28,
-        "enforce_eager": True,
-        "disable_log_stats": False,
         "speculative_config": {
             "method": "layerskip",
             "exit_layer": EXIT_LAYERS[0],
             "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
             **speculative_config,
         },
-        "is_engine_process": False,
     }
     prompts = [tokenizer.encode(text) for text in texts]
     with run_engines({"layerskip": arguments}, log_folder) as (engine,):
-        round_ = engine.run_round(prompts, MAX_TOKENS, temperature=0.0)
-    return round_.num_accepted / round_.num_drafted
+        return engine.run_round(prompts, MAX_TOKENS, temperature=0.0).acceptance
 
 
 def compare(folder: Path, num_steps: int) -> list[Result]:
