@@ -1,4 +1,5 @@
-# Every target does its own set-up; a second run finds it done.
+# Every target does its own set-up; a second run finds it done. `check-null-gpu` needs a stand-in for
+# a GPU besides, which tests/null_gpu/run.sh describes.
 #
 #   make demo ARGS="--rounds 1 --concurrency 8"     make test ARGS="-k metrics"
 SHELL := /bin/bash
@@ -20,7 +21,7 @@ help:
 	@echo "make lint types      what CI checks besides"
 	@echo "make format          format the code and fix what can be fixed"
 	@echo "make check-gpu       the tests and one benchmark on a GPU machine"
-	@echo "make check-null-gpu  vLLM's GPU path without a GPU: that it runs, not that it is right"
+	@echo "make check-null-gpu  vLLM's GPU path on a stand-in that you bring: that it runs, not that it is right"
 	@echo "make clean           remove .venv and everything generated"
 
 setup:
@@ -55,4 +56,4 @@ check-null-gpu: setup
 	bash tests/null_gpu/run.sh
 
 clean:
-	rm -rf .venv demo-output benchmark-output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .null-gpu demo-output benchmark-output exits-output verify-output outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -25,7 +25,7 @@ from benchmarks.report import RunSetting, build_table, write_json
 from benchmarks.rounds import ask, measure_in_turns
 from benchmarks.serving import Server, ServerError
 from benchmarks.vllm_command import LAYERSKIP, PLAIN, build_commands, build_env, resolve_vllm
-from layerskip_vllm.checkpoints import default_settings
+from layerskip_vllm.draft_settings import default_settings
 from layerskip_vllm.soak.event_stream import StreamError
 from layerskip_vllm.training.stdlib_corpus import held_out_prompts
 from layerskip_vllm.watch.counters import SpecDecodeCounters, parse_spec_decode_counters

@@ -47,7 +47,7 @@ class Result:
 
 
 def train_on(folder: Path, num_steps: int) -> None:
-    """Trains the embedded checkpoint on, by its recipe, on its text in capitals.
+    """Trains the embedded checkpoint on, with the early exit loss, on its text in capitals.
 
     Args:
         folder: Where the result goes.

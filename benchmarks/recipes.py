@@ -32,7 +32,7 @@ from layerskip_vllm.training import stdlib_corpus
 from layerskip_vllm.training.decoder import find_decoder_parts
 from layerskip_vllm.training.exit_evaluation import measure_held_out
 from layerskip_vllm.training.exit_head import ExitHead
-from layerskip_vllm.training.pretrain import encode_files
+from layerskip_vllm.training.small_model import encode_files
 
 PLAIN, ADAPTER = "none", "frozen adapter"
 # Options of `layerskip_vllm.training.pretrain`.

@@ -121,7 +121,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             f"--num-prompt-tokens and --max-tokens are {options.num_prompt_tokens} and "
             f"{options.max_tokens}; together they must be at most {MAX_POSITIONS - MARGIN_TOKENS}."
         )
-    if options.check and (1 not in options.batch_sizes or "plain" not in options.systems):
+    is_enough = {"plain", "layerskip", "draft_model"} <= set(options.systems)
+    if options.check and not (is_enough and 1 in options.batch_sizes):
         raise ValueError(
             "--check needs batch size 1 and the systems plain, layerskip, draft_model."
         )

@@ -15,8 +15,9 @@ from vllm.config.utils import config
 from vllm.logger import init_logger
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
-from layerskip_vllm.checkpoints import DraftSettings, Setting, check_positive_int, default_settings
+from layerskip_vllm.checks import check_positive_int
 from layerskip_vllm.compatibility import check_engine, check_model
+from layerskip_vllm.draft_settings import DraftSettings, Setting, default_settings
 from layerskip_vllm.exit_adapter import read_exit_adapter_config
 
 if TYPE_CHECKING:

@@ -1,13 +1,14 @@
 """What self-speculative decoding gains at best when reading the weights is all that costs.
 
-Called by `layerskip-vllm exits` for what an exit promises, and by `benchmarks.speedup` for the
-bound beside what it measures. Plain arithmetic; nothing is imported.
+Called by `layerskip-vllm exits` for what an exit promises, by `layerskip-vllm watch` for what a
+server could gain, and by `benchmarks.speedup` for the bound beside what it measures. Plain
+arithmetic; nothing is imported.
 """
 
 from __future__ import annotations
 
 
-def cost_of_round(draft_share: float, num_speculative_tokens: int) -> float:
+def cost_of_round(draft_share: float, num_speculative_tokens: float) -> float:
     """Returns what one draft-and-verify round reads, in steps of the whole model.
 
     A round is K draft steps, each through the prefix (the first E layers) and the head, and one
@@ -16,7 +17,7 @@ def cost_of_round(draft_share: float, num_speculative_tokens: int) -> float:
     Args:
         draft_share: Prefix and head, as a share of what a step of the whole model reads: all
             layers and the head.
-        num_speculative_tokens: K, the tokens in a draft.
+        num_speculative_tokens: K, the tokens in a draft; their mean where drafts differ.
 
     Returns:
         The cost; a plain step costs 1.
@@ -33,7 +34,7 @@ def cost_of_round(draft_share: float, num_speculative_tokens: int) -> float:
     return num_speculative_tokens * draft_share + 1
 
 
-def bound_speedup(draft_share: float, num_speculative_tokens: int, accepted: float) -> float:
+def bound_speedup(draft_share: float, num_speculative_tokens: float, accepted: float) -> float:
     """Returns how many times faster than plain decoding the weights read allow.
 
     A round yields the accepted drafts and one token of the whole model, so the bound is
@@ -44,7 +45,7 @@ def bound_speedup(draft_share: float, num_speculative_tokens: int, accepted: flo
 
     Args:
         draft_share: Prefix and head, as for `cost_of_round`.
-        num_speculative_tokens: K, the tokens in a draft.
+        num_speculative_tokens: K, as for `cost_of_round`.
         accepted: The mean number of drafts accepted in a round, 0 to K.
 
     Returns:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn import functional
 
-from layerskip_vllm.checkpoints import check_positive_int
+from layerskip_vllm.checks import check_positive_int
 
 CONFIG_FILE = "exit_adapter.json"
 WEIGHTS_FILE = "exit_adapter.safetensors"

@@ -203,13 +203,13 @@ METHOD_HOOKS = (
         target=f"{_ARGS}.add_cli_args",
         replace=_hook_add_cli_args,
         relies_on={f"{_ARGS}.add_cli_args": "09113390a2bf55a6"},
-        why="the flags --speculative-model, --num-speculative-tokens and --spec-exit-layer",
+        why="the flags --speculative-model, --num-speculative-tokens and layerskip's own",
     ),
     Hook(
         target=f"{_ARGS}.from_cli_args",
         replace=_hook_from_cli_args,
         relies_on={f"{_ARGS}.from_cli_args": "f408efc21dab6743"},
-        why="--spec-exit-layer reaches the speculative config",
+        why="--spec-exit-layer and --spec-exit-adapter reach the speculative config",
     ),
     Hook(
         target=f"{_PARAMS}.verify",

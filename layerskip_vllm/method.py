@@ -59,9 +59,9 @@ def add_cli_args(parser: Any) -> Any:
 
 def fold_cli_args(args: argparse.Namespace) -> argparse.Namespace:
     """Move the values of layerskip's flags to where vLLM carries them on."""
-    from layerskip_vllm.cli.flags import fold_exit_layer
+    from layerskip_vllm.cli.flags import fold_settings
 
-    return fold_exit_layer(args)
+    return fold_settings(args)
 
 
 def check_request(params: SamplingParams, speculative_config: SpeculativeConfig | None) -> None:

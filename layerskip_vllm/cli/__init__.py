@@ -6,6 +6,7 @@ The hook on vLLM's parser imports `flags` from here, so this module imports noth
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from layerskip_vllm import __version__
@@ -21,14 +22,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The subcommand and its arguments; by default the command line's.
 
     Returns:
-        The exit status.
+        The exit status: the subcommand's, or 2 on an error, 130 when interrupted.
     """
     parser = argparse.ArgumentParser(
         prog="layerskip-vllm", description="LayerSkip self-speculative decoding for vLLM."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(subparsers)
     args = parser.parse_args(argv)
-    return args.run(args)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    except (ImportError, ValueError, OSError) as error:
+        extra = getattr(args, "extra", None)
+        if args.debug or (isinstance(error, ImportError) and extra is None):
+            raise
+        message = str(error) or repr(error)
+        if isinstance(error, ImportError):
+            message += f"; install what this command needs: pip install 'layerskip-vllm[{extra}]'"
+    print(f"error: {message}", file=sys.stderr)
+    return 2

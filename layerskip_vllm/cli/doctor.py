@@ -202,7 +202,7 @@ def _describe_model(report: Report, model_config: ModelConfig) -> None:
 
 
 def _describe_draft(report: Report, vllm_config: VllmConfig, given: dict[str, int]) -> None:
-    from layerskip_vllm.checkpoints import default_settings
+    from layerskip_vllm.draft_settings import default_settings
 
     model_config, draft = vllm_config.model_config, vllm_config.speculative_config
     num_layers = model_config.get_total_num_hidden_layers()

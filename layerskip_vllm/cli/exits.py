@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerskip_vllm.checkpoints import CONFIG_KEY, write_entry
+from layerskip_vllm.draft_settings import CONFIG_KEY, write_entry
 from layerskip_vllm.exits.config import ExitsConfig
 
 if TYPE_CHECKING:
@@ -65,24 +65,17 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help=f"put the best E and K into the checkpoint's config.json, as its {CONFIG_KEY!r} entry",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, extra="exits")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write, and return the exit status."""
-    try:
-        from rich.console import Console
+    from rich.console import Console
 
-        console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-        report = _measure(args, console)
-        _show(report, args.output_dir, console)
-        return _write_config(report, Path(args.model), console) if args.write_config else 0
-    except ImportError as error:
-        message = f"{error}; install what this command needs: pip install 'layerskip-vllm[exits]'"
-    except (ValueError, OSError) as error:
-        message = str(error)
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    report = _measure(args, console)
+    _show(report, args.output_dir, console)
+    return _write_config(report, Path(args.model), console) if args.write_config else 0
 
 
 def _measure(args: argparse.Namespace, console: Console) -> ExitReport:

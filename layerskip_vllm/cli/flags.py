@@ -1,4 +1,4 @@
-"""The flags that `vllm serve` gains: spellings of vLLM's speculative options, and the exit layer.
+"""The flags that `vllm serve` gains: spellings of vLLM's speculative options, and layerskip's own.
 
 Called in the process that parses the command line.
 """
@@ -9,7 +9,8 @@ import argparse
 
 from layerskip_vllm.config import METHOD
 
-EXIT_LAYER_FLAG = "--spec-exit-layer"
+# Layerskip's own flags and what they are called in the speculative config.
+SETTING_OF_FLAG = {"--spec-exit-layer": "exit_layer", "--spec-exit-adapter": "exit_adapter"}
 
 
 def add_speculative_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -35,29 +36,40 @@ def add_speculative_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         help="The same as --spec-tokens: K, the tokens drafted for each verification.",
     )
     group.add_argument(
-        EXIT_LAYER_FLAG,
+        "--spec-exit-layer",
         type=int,
         default=None,
         help="E, the number of layers that draft. Default: the checkpoint's own setting.",
     )
+    group.add_argument(
+        "--spec-exit-adapter",
+        metavar="FOLDER",
+        default=None,
+        help="An adapter that makes the exit draft better; it brings E and K. Default: none.",
+    )
     return parser
 
 
-def fold_exit_layer(args: argparse.Namespace) -> argparse.Namespace:
-    """Move the exit layer from its flag into the speculative config, which vLLM carries on.
+def fold_settings(args: argparse.Namespace) -> argparse.Namespace:
+    """Move layerskip's own settings from their flags into the speculative config.
 
     Args:
         args: The parsed command line; left as it is.
 
     Returns:
-        `args`, or a copy of them with the exit layer moved.
+        `args`, or a copy of them with the settings moved.
 
     Raises:
-        ValueError: If the flag is given without layerskip, or against the speculative config.
+        ValueError: If a flag is given without layerskip, or against the speculative config.
     """
-    exit_layer = getattr(args, "spec_exit_layer", None)
-    if exit_layer is None:
-        return args
+    for flag, setting in SETTING_OF_FLAG.items():
+        value = getattr(args, flag.removeprefix("--").replace("-", "_"), None)
+        if value is not None:
+            args = _fold(args, flag, setting, value)
+    return args
+
+
+def _fold(args: argparse.Namespace, flag: str, setting: str, value: object) -> argparse.Namespace:
     config = dict(getattr(args, "speculative_config", None) or {})
     given = (
         getattr(args, "spec_method", None),
@@ -67,13 +79,11 @@ def fold_exit_layer(args: argparse.Namespace) -> argparse.Namespace:
     )
     if METHOD not in given:
         raise ValueError(
-            f"{EXIT_LAYER_FLAG} is {exit_layer}, but the speculative method is not layerskip; "
+            f"{flag} is {value}, but the speculative method is not layerskip; "
             "add --speculative-model=layerskip or leave the flag out."
         )
-    if "exit_layer" in config or "exit-layer" in config:
+    if setting in config or setting.replace("_", "-") in config:
         raise ValueError(
-            f"{EXIT_LAYER_FLAG} and --speculative-config['exit_layer'] are mutually exclusive"
+            f"{flag} and --speculative-config[{setting!r}] are mutually exclusive; leave one out."
         )
-    return argparse.Namespace(
-        **{**vars(args), "speculative_config": {**config, "exit_layer": exit_layer}}
-    )
+    return argparse.Namespace(**{**vars(args), "speculative_config": {**config, setting: value}})

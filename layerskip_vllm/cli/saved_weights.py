@@ -1,7 +1,7 @@
 """The share of a checkpoint's bytes that a draft step reads, without loading a weight.
 
-Called by `layerskip-vllm doctor`. The shares mean what `bytes_read.share_of_bytes` says of a loaded
-model: the bytes of the first E layers and those of the head, as parts of all layers and the head.
+Called by `layerskip-vllm doctor` and `watch`. The shares mean what `bytes_read.share_of_bytes` says
+of a loaded model: the bytes of the first E layers and those of the head, as parts of both together.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ def read_shares(
     Returns:
         The shares of the first E layers and of the head; None if the folder does not hold all
         layers and a head in safetensors files under names known here.
+
+    Raises:
+        ValueError: If a file that is named as one is no safetensors file.
     """
     layers, head, embedding = [0] * num_layers, 0, 0
     for file in _weight_files(folder):
@@ -78,7 +81,13 @@ def _read_header(file: Path) -> dict[str, int]:
     Source: https://github.com/huggingface/safetensors#format
     """
     with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        num_bytes = int.from_bytes(stream.read(8), "little")
+        if num_bytes > file.stat().st_size:
+            raise ValueError(
+                f"{file} is no safetensors file; if it is a pointer of Git LFS, fetch the weights "
+                "with git lfs pull."
+            )
+        header = json.loads(stream.read(num_bytes))
     return {
         name: tensor["data_offsets"][1] - tensor["data_offsets"][0]
         for name, tensor in header.items()

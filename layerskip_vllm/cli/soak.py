@@ -60,29 +60,20 @@ def add_parser(subparsers: Any) -> None:
         help="how much its memory may grow once warm (64)",
     )
     add("--output", type=Path, metavar="FILE", help="write a report in JSON")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, extra="soak")
 
 
 def run(args: argparse.Namespace) -> int:
     """Soak or record, and return the exit status."""
-    try:
-        import aiohttp
-        import psutil  # noqa: F401  # before an hour of traffic, not after
-        from rich.console import Console
+    import aiohttp
+    import psutil  # noqa: F401  # before an hour of traffic, not after
+    from rich.console import Console
 
-        console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-        try:
-            return asyncio.run(_soak(args, console))
-        except aiohttp.ClientError as error:
-            message = str(error)
-    except KeyboardInterrupt:
-        return 130
-    except ImportError as error:
-        message = f"{error}; install what this command needs: pip install 'layerskip-vllm[soak]'"
-    except (ValueError, OSError, asyncio.TimeoutError) as error:
-        message = str(error) or repr(error)
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    try:
+        return asyncio.run(_soak(args, console))
+    except aiohttp.ClientError as error:
+        raise OSError(str(error)) from error
 
 
 async def _soak(args: argparse.Namespace, console: Console) -> int:
@@ -91,6 +82,9 @@ async def _soak(args: argparse.Namespace, console: Console) -> int:
     from layerskip_vllm.soak.service import inspect
 
     config = _read_config(args)
+    for option, path in (("--output", args.output), ("--record", args.record)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{option} is {str(path)!r}, whose folder does not exist; make it.")
     service = await inspect(args.url)
     questions = await _find_questions(args, config, service, console)
     if args.record is not None:

@@ -6,12 +6,9 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from layerskip_vllm.verification.config import VerifyConfig
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _COUNTS = {
     "num_prompts": "prompts to complete greedily",
@@ -64,35 +61,21 @@ def add_parser(subparsers: Any) -> None:
         option = "--" + name.replace("_", "-")
         add(option, type=int, default=default, metavar="N", help=f"{words} ({default})")
     add("--output-dir", type=Path, default=Path("verify-output"), help="(verify-output)")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, extra="verify")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the engines, compare, print, write, and return the exit status."""
-    try:
-        from rich.console import Console
+    from rich.console import Console
 
-        console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-        return _verify(args, console)
-    except ImportError as error:
-        message = f"{error}; install what this command needs: pip install 'layerskip-vllm[verify]'"
-    except (ValueError, OSError) as error:
-        message = str(error)
-    print(f"error: {message}", file=sys.stderr)
-    return 2
-
-
-def _verify(args: argparse.Namespace, console: Console) -> int:
     from layerskip_vllm.verification import runs
     from layerskip_vllm.verification.comparison import conclude
     from layerskip_vllm.verification.prompts import choose_prompts
     from layerskip_vllm.verification.report import build_table, describe_run, write_json
 
-    given = {key: getattr(args, key) for key in ("exit_layer", "num_speculative_tokens")}
-    speculative = {key: value for key, value in given.items() if value is not None}
     config = VerifyConfig(
         model=args.model,
-        speculative={**args.speculative_config, **speculative},
+        speculative=_read_speculative_config(args),
         dtype=args.dtype,
         engine=args.engine_args,
         **{name: getattr(args, name) for name in _COUNTS},
@@ -100,6 +83,7 @@ def _verify(args: argparse.Namespace, console: Console) -> int:
     documents = _read_data(args.data) if args.data else None
     prompts = choose_prompts(documents, config.num_prompts, config.num_prompt_tokens)
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     with console.status("starting") as status:
 
         def track(name: str) -> None:
@@ -117,6 +101,22 @@ def _verify(args: argparse.Namespace, console: Console) -> int:
         console.print("[bold green]layerskip loses nothing here.[/]", soft_wrap=True)
     console.print(f"Written: {args.output_dir}/verify.json", soft_wrap=True)
     return 1 if verdict.problems else 0
+
+
+def _read_speculative_config(args: argparse.Namespace) -> dict[str, Any]:
+    """`--speculative-config` and the flags beside it, each setting said once."""
+    config = dict(args.speculative_config)
+    for key in ("exit_layer", "num_speculative_tokens"):
+        value = getattr(args, key)
+        if value is None:
+            continue
+        if key in config:
+            raise ValueError(
+                f"--{key.replace('_', '-')} and --speculative-config[{key!r}] are mutually "
+                "exclusive; leave one out."
+            )
+        config[key] = value
+    return config
 
 
 def _read_data(data: list[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import contextlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,27 +28,19 @@ def add_parser(subparsers: Any) -> None:
     add("--once", action="store_true", help="look at one interval, print it and stop")
     add("--model", help="the served checkpoint's folder, to tell the bound on the speed-up")
     add("--exit-layer", type=int, metavar="E", help="default: as the checkpoint says")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, extra="watch")
 
 
 def run(args: argparse.Namespace) -> int:
     """Watch, and return the exit status."""
-    try:
-        from rich.console import Console
+    from rich.console import Console
 
-        if not args.interval > 0:
-            raise ValueError(f"--interval is {args.interval}; it must be above 0 seconds.")
-        draft_share = _read_draft_share(args.model, args.exit_layer)
+    if not args.interval > 0:
+        raise ValueError(f"--interval is {args.interval}; it must be above 0 seconds.")
+    draft_share = _read_draft_share(args.model, args.exit_layer)
+    with contextlib.suppress(KeyboardInterrupt):
         _watch(args, draft_share, Console())
-        return 0
-    except KeyboardInterrupt:
-        return 0
-    except ImportError as error:
-        message = f"{error}; install what this command needs: pip install 'layerskip-vllm[watch]'"
-    except (ValueError, OSError) as error:
-        message = f"{args.url}: {error}" if isinstance(error, OSError) else str(error)
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+    return 0
 
 
 def _watch(args: argparse.Namespace, draft_share: float | None, console: Console) -> None:
@@ -84,7 +76,7 @@ def _read_again(args: argparse.Namespace, live: Any) -> Sample:
         except OSError as error:
             if args.once:
                 raise
-            live.update(f"{args.url} does not answer ({error}); waiting for it", refresh=True)
+            live.update(f"{error}; waiting for it", refresh=True)
             time.sleep(args.interval)
 
 
@@ -96,14 +88,15 @@ def _read_draft_share(model: str | None, exit_layer: int | None) -> float | None
         return None
     from transformers import AutoConfig
 
-    from layerskip_vllm.checkpoints import default_settings
     from layerskip_vllm.cli.saved_weights import read_shares
+    from layerskip_vllm.draft_settings import default_settings
 
     if not (Path(model) / "config.json").is_file():
         raise ValueError(f"--model is {model!r}, which is no folder with a config.json in it.")
     config = AutoConfig.from_pretrained(model)
     num_layers = config.get_text_config().num_hidden_layers
-    exit_layer = exit_layer or default_settings(model, config, num_layers).exit_layer.value
+    if exit_layer is None:
+        exit_layer = default_settings(model, config, num_layers).exit_layer.value
     if not 1 <= exit_layer <= num_layers:
         raise ValueError(f"--exit-layer is {exit_layer}; it must be from 1 to {num_layers}.")
     shares = read_shares(Path(model), num_layers, exit_layer)

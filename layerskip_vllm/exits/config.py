@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from layerskip_vllm.checkpoints import check_positive_int
+from layerskip_vllm.checks import check_positive_int
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerskip_vllm.checkpoints import CONFIG_KEY
+from layerskip_vllm.draft_settings import CONFIG_KEY
 from layerskip_vllm.training.exit_evaluation import Acceptance
 
 

@@ -70,7 +70,6 @@ async def _ask(session: aiohttp.ClientSession, model: str, question: Question) -
 def write_reference(path: Path, service: Service, questions: Sequence[Question]) -> None:
     """Writes questions and answers to a file."""
     content = {
-        "model": service.model,
         "max_model_len": service.max_model_len,
         "questions": [_to_json(question) for question in questions],
     }

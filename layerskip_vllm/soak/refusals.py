@@ -19,7 +19,7 @@ MALFORMED_TEXTS: Mapping[str, bytes] = {
     "zero bytes": b"\x00" * 64,
 }
 
-# What a body that would be answered is changed by; more of it is in `wrong_settings`.
+# What a body that would be answered is changed by; more of it is in `wrong_layerskip_settings`.
 WRONG_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "unknown model": {"model": "no-such-model"},
     "prompt is a number": {"prompt": 7},

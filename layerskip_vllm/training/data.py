@@ -4,15 +4,17 @@ Text is packed: documents, each with an end-of-text token, follow one another in
 Prompts with completions can have a row each.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from string import Formatter
 from typing import Any
 
 import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from layerskip_vllm.checkpoints import check_positive_int
+from layerskip_vllm.checks import check_positive_int
 from layerskip_vllm.training.data_sources import DataSource, Rows, load_texts
 from layerskip_vllm.training.early_exit_loss import IGNORED_LABEL
 
@@ -48,6 +50,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_positive_int("seq_len", self.seq_len)
+        if self.seq_len < 2:
+            raise ValueError("seq_len is 1; it must be at least 2: a row's first token is given.")
         check_positive_int("num_processes", self.num_processes)
         if not self.train:
             raise ValueError("train is empty; it must be a list of data sets.")
@@ -169,13 +173,17 @@ def _make_encoder(
 
 
 def _check_template(name: str, template: str, columns: Sequence[str]) -> None:
+    """Check that a template names columns alone; "{answers[text]}" names a part of one."""
     try:
-        template.format(**dict.fromkeys(columns, ""))
-    except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(
-            f"{name} is {template!r}; it must name columns in braces, of {', '.join(columns)}: "
-            f"{error!r}."
-        ) from error
+        fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+    except ValueError as error:
+        raise ValueError(f"{name} is {template!r}; its braces do not match: {error}.") from error
+    for field in fields:
+        if re.split(r"[.\[]", field)[0] not in columns:
+            raise ValueError(
+                f"{name} is {template!r}; it must name columns in braces, of "
+                f"{', '.join(columns)}, and {field!r} is none."
+            )
 
 
 def _make_packer(seq_len: int, filler_id: int) -> Callable[[Columns], Columns]:

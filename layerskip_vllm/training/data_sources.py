@@ -77,8 +77,17 @@ def load_texts(source: DataSource, streaming: bool) -> Rows:
         Its columns.
 
     Raises:
-        ValueError: There are no such files, or they are of several kinds.
+        ValueError: There are no such files, they are of several kinds, or cannot be read.
     """
+    try:
+        return _load(source, streaming)
+    except datasets.exceptions.DatasetsError as error:
+        raise ValueError(
+            f"path is {source.path!r}, which cannot be read: {error.__cause__ or error}"
+        ) from error
+
+
+def _load(source: DataSource, streaming: bool) -> Rows:
     files = sorted(path for path in glob.glob(source.path, recursive=True) if Path(path).is_file())
     if files:
         reader, options = _find_reader(source.path, files)

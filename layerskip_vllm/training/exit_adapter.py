@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from layerskip_vllm.checkpoints import check_positive_int, default_settings
+from layerskip_vllm.checks import check_positive_int
+from layerskip_vllm.draft_settings import default_settings
 from layerskip_vllm.exit_adapter import (
     ExitAdapter,
     ExitAdapterConfig,

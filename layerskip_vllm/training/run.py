@@ -21,12 +21,12 @@ from transformers import (
     set_seed,
 )
 
-from layerskip_vllm.checkpoints import CONFIG_KEY
+from layerskip_vllm.draft_settings import CONFIG_KEY
 from layerskip_vllm.exit_adapter import WEIGHTS_FILE
 from layerskip_vllm.training.data import collate, load_rows
 from layerskip_vllm.training.exit_adapter import ExitAdapterSettings, ExitAdapterTrainer
 from layerskip_vllm.training.run_config import ModelConfig, RunConfig
-from layerskip_vllm.training.trainer import LayerSkipTrainer, ResumableTrainer
+from layerskip_vllm.training.trainer import LayerSkipTrainer, ResumableTrainer, check_arguments
 
 RUN_FILE = "layerskip_run.json"
 STATE_FILE = "trainer_state.json"  # the Trainer writes it last into a checkpoint's folder
@@ -45,16 +45,16 @@ def prepare(config: RunConfig) -> ResumableTrainer:
         ValueError: Something does not go together, or `output_dir` holds a run of another config.
     """
     args = config.make_arguments()
+    check_arguments(args, {})
     check_whole_checkpoint(args)
     check_same_run(Path(args.output_dir), config)
     set_seed(args.seed)
+    data_seed = args.seed if args.data_seed is None else args.data_seed
     tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer or config.model.path)
     model = load_model(config.model, tokenizer)
     with args.main_process_first(desc="reading the data"):
         train_rows, eval_rows = (
-            load_rows(sources, config.data, tokenizer, args.data_seed or args.seed)
-            if sources
-            else None
+            load_rows(sources, config.data, tokenizer, data_seed) if sources else None
             for sources in (config.data.train, config.data.evaluation)
         )
     settings = config.settings

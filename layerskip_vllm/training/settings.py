@@ -6,7 +6,8 @@ The YAML's `layerskip` section becomes one; `LayerSkipTrainer` takes one.
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from layerskip_vllm.checkpoints import check_positive_int, default_settings
+from layerskip_vllm.checks import check_positive_int
+from layerskip_vllm.draft_settings import default_settings
 from layerskip_vllm.training.decoder import DecoderParts
 from layerskip_vllm.training.early_exit_loss import (
     EarlyExitLoss,
@@ -89,9 +90,10 @@ class LayerSkipSettings:
         check_positive_int("rotation", self.rotation)
         if self.num_speculative_tokens is not None:
             check_positive_int("num_speculative_tokens", self.num_speculative_tokens)
-        if self.exit_scale == "sum" and 1 in (self.exit_layers or ()):
+        if self.exit_scale == "sum" and 1 in (*(self.exit_layers or ()), self.exit_layer):
+            name = "exit_layer is" if self.exit_layer == 1 else "exit_layers has"
             raise ValueError(
-                "exit_layers has 1, whose weight is 0 with exit_scale sum; leave it out or set "
+                f"{name} 1, whose weight is 0 with exit_scale sum; choose another exit or set "
                 "exit_scale to flat."
             )
 
@@ -118,6 +120,17 @@ class LayerSkipSettings:
                     f"{name} is {value}; it must be from 1 to {num_layers - 1}, as the model has "
                     f"{num_layers} layers."
                 )
+        self._check_exit_is_trained(num_layers)
+
+    def _check_exit_is_trained(self, num_layers: int) -> None:
+        """Refuses settings whose checkpoint would draft from an exit that never has a loss."""
+        exit_layer = self.draft_entry(num_layers)["exit_layer"]
+        said = "" if self.exit_layer is not None else " (not set, so a quarter of the layers)"
+        if self.exit_layers is not None and exit_layer not in self.exit_layers:
+            raise ValueError(
+                f"exit_layer is {exit_layer}{said}, which drafts and must be in exit_layers, "
+                f"{list(self.exit_layers)}, to be trained."
+            )
 
     def dropout_config(self) -> LayerDropoutConfig:
         """Returns layer dropout's part of the settings."""

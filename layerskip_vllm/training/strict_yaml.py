@@ -67,11 +67,19 @@ def override(tree: dict[str, Any], assignment: str) -> None:
             value is YAML.
 
     Raises:
-        ValueError: There is no `=`, or the path goes through something that has no such part.
+        ValueError: There is no `=`, the value is no YAML, or the path goes through something that
+            has no such part.
     """
     path, equals, value = assignment.partition("=")
     if not equals or not path:
         raise ValueError(f"{assignment!r} sets nothing; write KEY=VALUE, as in training.seed=1.")
+    try:
+        new = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{assignment!r} sets what is no YAML; put the value in quotes of its own, as in "
+            f"{path}='\"...\"'. {error}"
+        ) from error
     *parents, last = path.split(".")
     node: Any = tree
     for i, part in enumerate(parents):
@@ -80,9 +88,9 @@ def override(tree: dict[str, Any], assignment: str) -> None:
         else:
             node = node[_index(node, part, ".".join(parents[:i]), assignment)]
     if isinstance(node, dict):
-        node[last] = yaml.load(value, _Loader)
+        node[last] = new
     else:
-        node[_index(node, last, ".".join(parents), assignment)] = yaml.load(value, _Loader)
+        node[_index(node, last, ".".join(parents), assignment)] = new
 
 
 def _index(node: Any, part: str, where: str, assignment: str) -> int:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from layerskip_vllm.checkpoints import CONFIG_KEY
+from layerskip_vllm.draft_settings import CONFIG_KEY
 from layerskip_vllm.training.layer_skip import LayerSkip
 from layerskip_vllm.training.settings import LayerSkipSettings
 
@@ -191,6 +191,13 @@ def check_arguments(args: TrainingArguments, others: dict[str, Any]) -> None:
         value = getattr(args, name)
         if value != needed:
             raise ValueError(f"{name} is {value!r}; it must be {needed!r}: {reason}.")
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get(
+        "use_reentrant"
+    ):
+        raise ValueError(
+            "gradient_checkpointing_kwargs has use_reentrant true, with which exits get no "
+            "gradient; set it to false."
+        )
     for name in ("compute_loss_func", "model_init"):
         if others.get(name) is not None:
             raise ValueError(f"{name} is given; it is of no use here, leave it out.")

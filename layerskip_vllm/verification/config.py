@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from layerskip_vllm.checkpoints import check_positive_int
+from layerskip_vllm.checks import check_positive_int
 
 MIN_NUM_SAMPLES = 100
 # `verify` sets these itself, each run its own.

@@ -17,7 +17,7 @@ MIN_CELL = 25
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SampleComparison:
     """Two samples compared.
 
     Attributes:
@@ -30,7 +30,7 @@ class Comparison:
     distance: float
 
 
-def compare(left: Sequence[Tokens], right: Sequence[Tokens], window: int = 2) -> Comparison:
+def compare(left: Sequence[Tokens], right: Sequence[Tokens], window: int = 2) -> SampleComparison:
     """Compare two samples of sequences by their runs of `window` tokens at each position.
 
     Args:
@@ -60,7 +60,7 @@ def compare(left: Sequence[Tokens], right: Sequence[Tokens], window: int = 2) ->
         raise ValueError(
             f"too few sequences, or too much alike, for a comparison: {len(left)} and {len(right)}"
         )
-    return Comparison(min(1.0, num_positions * min(p_values)), max(distances))
+    return SampleComparison(min(1.0, num_positions * min(p_values)), max(distances))
 
 
 def _merge_rare(left: Counter[Tokens], right: Counter[Tokens]) -> list[tuple[int, int]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -66,7 +68,7 @@ def read_sample(url: str) -> Sample:
 
     Raises:
         ValueError: The address is no HTTP address, or the server does no speculative decoding.
-        OSError: The server does not answer.
+        OSError: The server does not answer, or is not ready.
     """
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"URL is {url!r}; it must be an address such as http://127.0.0.1:8000.")
@@ -74,10 +76,16 @@ def read_sample(url: str) -> Sample:
     try:
         with urllib.request.urlopen(page, timeout=TIMEOUT_S) as response:
             text = response.read().decode()
+    except (http.client.InvalidURL, UnicodeError) as error:
+        raise ValueError(f"URL is {url!r}; {error}.") from error
     except urllib.error.HTTPError as error:
+        if error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:  # a proxy's, while the server starts
+            raise OSError(f"{page} answers {error.code}") from error
         raise ValueError(
             f"URL is {url!r}, but {page} answers {error.code}; it must be a vLLM server's address."
         ) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(f"{page} does not answer ({str(error) or repr(error)})") from error
     return parse_sample(text, time.monotonic())
 
 
@@ -99,11 +107,13 @@ def parse_sample(text: str, time_s: float) -> Sample:
 
 
 def is_restarted(earlier: Sample, later: Sample) -> bool:
-    """Tells whether the server has started anew between two samples: its counters went back."""
+    """Tells whether the server has started anew: its counters went back, or K is another."""
     name = "vllm:generation_tokens_total"
+    before, after = earlier.drafting, later.drafting
     return (
         later.values.get(name, 0) < earlier.values.get(name, 0)
-        or later.drafting.num_drafts < earlier.drafting.num_drafts
+        or after.num_drafts < before.num_drafts
+        or len(after.num_accepted_tokens_per_pos) != len(before.num_accepted_tokens_per_pos)
     )
 
 

@@ -73,8 +73,8 @@ def _show_bound(drafting: SpecDecodeCounters | None, draft_share: float | None) 
     """By bytes read, with the mean K of the drafts: requests may draft less than the server's."""
     if drafting is None or draft_share is None:
         return "-"
-    num_speculative_tokens = max(1, round(drafting.num_draft_tokens / drafting.num_drafts))
-    accepted = min(drafting.num_accepted_tokens / drafting.num_drafts, num_speculative_tokens)
+    num_speculative_tokens = drafting.num_draft_tokens / drafting.num_drafts
+    accepted = drafting.num_accepted_tokens / drafting.num_drafts
     return f"{bound_speedup(draft_share, num_speculative_tokens, accepted):.2f}"
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.exit_adapters import make_exit_adapter
+
 Parse = Callable[..., Any]
 
 
@@ -74,6 +76,14 @@ def test_flags_choose_the_draft_when_given_as_json(parse: Parse) -> None:
     assert chosen(parse("-sc", json.dumps(config))) == (4, 6)
 
 
+@pytest.mark.parametrize("flag", ["--spec-exit-adapter={}", "--spec_exit_adapter {}"])
+def test_flag_names_the_exit_adapter_when_given(parse: Parse, tmp_path: Path, flag: str) -> None:
+    folder = make_exit_adapter(tmp_path / "adapter", exit_layer=3, num_speculative_tokens=5)
+    config = parse("--speculative-model=layerskip", *flag.format(folder).split())
+    assert chosen(config) == (3, 5)
+    assert config.exit_adapter == str(folder)
+
+
 @pytest.mark.parametrize(
     ("lines", "flags", "expected"),
     [
@@ -111,6 +121,19 @@ def test_flags_choose_the_draft_when_they_are_in_a_yaml_file(
             "--speculative-config.method layerskip --speculative-config.exit-layer 3 "
             "--spec-exit-layer 3",
             ["--spec-exit-layer and --speculative-config['exit_layer'] are mutually exclusive"],
+        ),
+        (
+            "--spec-exit-adapter some/folder",
+            ["--spec-exit-adapter is some/folder", "add --speculative-model=layerskip"],
+        ),
+        (
+            "--speculative-config.method layerskip --speculative-config.exit_adapter there "
+            "--spec-exit-adapter here",
+            ["--spec-exit-adapter and --speculative-config['exit_adapter'] are mutually exclusive"],
+        ),
+        (
+            "--speculative-model=layerskip --spec-exit-adapter not/there",
+            ["exit_adapter is '", "not/there', which has no exit_adapter.json"],
         ),
         (
             "--speculative-config.model layerskip --speculative-model layerskip",
@@ -177,3 +200,4 @@ def test_help_explains_the_flags_when_asked(parser: argparse.ArgumentParser) -> 
     assert "--spec-model" in help_texts["--speculative-model"]
     assert "--spec-tokens" in help_texts["--num-speculative-tokens"]
     assert "number of layers that draft" in help_texts["--spec-exit-layer"]
+    assert "brings E and K" in help_texts["--spec-exit-adapter"]

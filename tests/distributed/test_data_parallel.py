@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.serving.server import Server
-from tests.support.engine_process import REPOSITORY
+from tests.support.engine_process import REPOSITORY, RUNNERS
 from tests.support.engines import Engines
 from tests.support.scenarios import Request, Scenario, tokens
 
@@ -43,19 +43,27 @@ class Service:
 
 
 @pytest.fixture(scope="module", params=["llama", "mixtral"])
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module", params=RUNNERS)
 def service(
     request: pytest.FixtureRequest,
+    architecture: str,
     engines: Engines,
     checkpoint: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Service]:
-    model, has_experts = checkpoint(request.param), request.param == "mixtral"
+    runner, model, has_experts = request.param, checkpoint(architecture), architecture == "mixtral"
     requests = tuple(Request(prompt, {"max_tokens": NUM_TOKENS}) for prompt in PROMPTS)
-    (plain,) = engines.serve("v1", Scenario(str(model), requests))
+    (plain,) = engines.serve(runner, Scenario(str(model), requests))
     expected = [list(token_ids) for (token_ids,) in plain.token_ids]
+    paths = [RUNNERS[runner].get("PYTHONPATH"), str(REPOSITORY), os.environ.get("PYTHONPATH")]
     variables = {
+        **RUNNERS[runner],
         "VLLM_SERVER_DEV_MODE": "1",  # for `Server.call_workers`
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
     with Server(
         tmp_path_factory.mktemp("server"),
@@ -94,11 +102,7 @@ def test_idle_rank_drafts_along_when_experts_are_spread(service: Service) -> Non
     assert has_run_along == service.has_experts
 
 
-@pytest.mark.feature(
-    "Engine",
-    "data parallelism; experts spread over it",
-    runners=("v1",),
-)
+@pytest.mark.feature("Engine", "data parallelism: {architecture}")
 def test_tokens_equal_plain_when_both_ranks_serve(service: Service) -> None:
     """The ranks start and stop at different steps, since their drafts are accepted differently."""
     before = [service.server.counters(rank)["num_drafts"] for rank in (0, 1)]

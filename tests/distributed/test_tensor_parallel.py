@@ -138,4 +138,6 @@ def test_each_rank_drafts_as_the_user_says_when_there_are_two(comparison: Compar
         assert worker["drafter"] == DRAFTERS[comparison.runner]
         assert (worker["exit_layer"], worker["num_speculative_tokens"]) == (EXIT_LAYER, K)
         assert worker["num_attn_layers"] == EXIT_LAYER
-        assert worker["is_expert_parallel"] == ("enable_expert_parallel" in comparison.case.parallel)
+        assert worker["is_expert_parallel"] == (
+            "enable_expert_parallel" in comparison.case.parallel
+        )

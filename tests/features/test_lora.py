@@ -8,7 +8,7 @@ from tests.support.checks import (
     assert_same_outputs,
     assert_some_accepted_some_refused,
 )
-from tests.support.lora_adapters import make_lora_adapter
+from tests.support.lora_adapters import TARGETS, make_lora_adapter
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
 pytestmark = [
@@ -22,8 +22,11 @@ LORA = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
 
 @pytest.fixture(scope="module")
 def adapters(checkpoint, tmp_path_factory) -> tuple[str, str]:
-    root = tmp_path_factory.mktemp("adapters")
-    return tuple(str(make_lora_adapter(root / str(seed), checkpoint(), seed)) for seed in range(2))
+    """Two adapters of the layers, of which the second changes the head too."""
+    root, model = tmp_path_factory.mktemp("adapters"), checkpoint()
+    layers = make_lora_adapter(root / "layers", model, 0)
+    layers_and_head = make_lora_adapter(root / "head", model, 1, (*TARGETS, "lm_head"))
+    return str(layers), str(layers_and_head)
 
 
 @pytest.mark.parametrize("exit_layer", [2, NUM_LAYERS], ids=["E=2", "all-accepted"])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.serving.server import Server
+from tests.support.engine_process import RUNNERS
 
 pytestmark = pytest.mark.engine
 
@@ -34,9 +35,11 @@ TOOL = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=RUNNERS)
 def server(
-    checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    checkpoint: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     template = folder / "template.jinja"
@@ -51,6 +54,7 @@ def server(
         "--enable-auto-tool-choice",
         "--tool-call-parser=hermes",
         '--structured-outputs-config={"backend": "xgrammar", "disable_any_whitespace": true}',
+        variables=RUNNERS[request.param],
     ) as server:
         yield server
 
@@ -60,7 +64,7 @@ def chat(server: Server, **parameters: Any) -> str:
     return server.fetch("/v1/chat/completions", body)
 
 
-@pytest.mark.feature("Requests", "chat", runners=("v1",))
+@pytest.mark.feature("Requests", "chat")
 def test_chat_gives_the_text_of_its_prompt_when_drafting(server: Server) -> None:
     expected = server.complete(PROMPT, max_tokens=20, ignore_eos=True)["choices"][0]["text"]
     before = server.counters()
@@ -69,7 +73,7 @@ def test_chat_gives_the_text_of_its_prompt_when_drafting(server: Server) -> None
     assert server.counters()["num_drafts"] > before["num_drafts"]
 
 
-@pytest.mark.feature("Requests", "streaming", runners=("v1",))
+@pytest.mark.feature("Requests", "streaming")
 def test_stream_gives_the_text_of_the_whole_answer_when_drafting(server: Server) -> None:
     parameters = {"max_tokens": 20, "ignore_eos": True}
     whole = json.loads(chat(server, **parameters))["choices"][0]["message"]["content"]
@@ -84,7 +88,7 @@ def test_stream_gives_the_text_of_the_whole_answer_when_drafting(server: Server)
 @pytest.mark.parametrize(
     "choice", ["required", {"type": "function", "function": {"name": "turn"}}], ids=str
 )
-@pytest.mark.feature("Requests", "tool calls", runners=("v1",))
+@pytest.mark.feature("Requests", "tool calls")
 def test_tool_is_called_with_valid_arguments_when_drafting(server: Server, choice: Any) -> None:
     before = server.counters()
     answer = json.loads(chat(server, tools=[TOOL], tool_choice=choice, max_tokens=120))
@@ -99,7 +103,7 @@ def test_tool_is_called_with_valid_arguments_when_drafting(server: Server, choic
 @pytest.mark.parametrize(
     "parameters", [{"min_p": 0.1, "temperature": 1}, {"logit_bias": {"5": 10}}], ids=str
 )
-@pytest.mark.feature("Requests", "`logit_bias`, `min_p`", runners=("v1",), is_refused=True)
+@pytest.mark.feature("Requests", "`logit_bias`, `min_p`", is_refused=True)
 def test_request_is_refused_when_vllm_cannot_speculate_with_it(
     server: Server, parameters: dict[str, Any]
 ) -> None:

@@ -135,6 +135,7 @@ def test_command_reports_what_it_has_when_interrupted_between_faults(
         (["--kinds", "greedy"], "kinds has 'greedy'; it can have question, one candidate"),
         (["--reference", "missing.json"], "missing.json"),
         (["--pid", "999999999"], "there is no process 999999999"),
+        (["--output", "no/such/report.json"], "--output is 'no/such/report.json', whose folder"),
     ],
 )
 def test_command_says_what_is_wrong_when_an_option_is(

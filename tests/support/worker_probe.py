@@ -74,16 +74,20 @@ class WorkerProbe:
         return self.probe_drafts
 
     def probe_count_dummy_drafts(self) -> None:
-        """Count the drafts of batches without requests from now on."""
+        """Count the drafts of batches without requests from now on.
+
+        V1 has a method for them, V2 tells `propose`.
+        """
         drafter = _drafter(self.model_runner)
-        dummy_run = drafter.dummy_run
+        name = "dummy_run" if hasattr(drafter, "dummy_run") else "propose"
+        run = getattr(drafter, name)
         self.probe_num_dummy_drafts = 0
 
-        def run_and_count(*args: Any, **kwargs: Any) -> None:
-            self.probe_num_dummy_drafts += 1
-            dummy_run(*args, **kwargs)
+        def run_and_count(*args: Any, **kwargs: Any) -> Any:
+            self.probe_num_dummy_drafts += name == "dummy_run" or kwargs.get("dummy_run", False)
+            return run(*args, **kwargs)
 
-        drafter.dummy_run = run_and_count
+        setattr(drafter, name, run_and_count)
 
     def probe_dummy_drafts(self) -> dict[str, int]:
         """How many such drafts there were."""

@@ -124,6 +124,13 @@ def test_topv2_learns_the_parse_alone_when_read_in_its_formats(tmp_path, tokeniz
         assert decode(tokenizer, [row]) == f"{parse}<eos>"
 
 
+def test_template_takes_a_part_of_a_column_when_it_is_nested(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", '{"q": "why", "answers": {"text": ["so"]}}\n')
+    source = DataSource(path, prompt="{q}?", completion="{answers[text][0]}")
+
+    assert decode(tokenizer, load(tokenizer, source)) == "why?so<eos>"
+
+
 def test_rows_are_cut_and_dropped_when_longer_than_the_limit(tmp_path, tokenizer):
     rows = [{"q": "12", "a": "345678"}, {"q": "123456", "a": "7"}]
     path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -189,7 +196,9 @@ def test_changed_file_is_read_anew_when_its_path_is_the_same(tmp_path, tokenizer
         ({"path": "mixed/*"}, "files are of several kinds \\(text, json\\); give a source to each"),
         ({"text": "body"}, "text is 'body'; it must be one of .* columns, text, n"),
         ({"prompt": "{x}", "completion": "{n}"}, "prompt is '{x}'; it must name columns"),
-        ({"prompt": "{n}", "completion": "{"}, "completion is '{'; it must name columns"),
+        ({"prompt": "{n}", "completion": "{"}, "completion is '{'; its braces do not match"),
+        ({"prompt": "{n}", "completion": "{}"}, "completion is '{}'; it must name columns"),
+        ({"path": "broken.jsonl"}, "path is 'broken.jsonl', which cannot be read: "),
     ],
 )
 def test_load_names_what_is_wrong_when_files_or_columns_are_missing(
@@ -198,6 +207,7 @@ def test_load_names_what_is_wrong_when_files_or_columns_are_missing(
     path = write(tmp_path / "a.jsonl", '{"text": "x", "n": 1}\n')
     write(tmp_path / "mixed/a.py", "x")
     write(tmp_path / "mixed/b.jsonl", "{}")
+    write(tmp_path / "broken.jsonl", '{"text": "x"}\n{"text": \n')
     monkeypatch.chdir(tmp_path)
 
     with pytest.raises(ValueError, match=message):
@@ -216,6 +226,7 @@ def test_load_refuses_a_tokenizer_without_an_end_of_text_token(tmp_path, tokeniz
     [
         ({"train": ()}, "train is empty"),
         ({"seq_len": 0}, "seq_len is 0; it must be an integer of at least 1"),
+        ({"seq_len": 1}, "seq_len is 1; it must be at least 2"),
         ({"num_processes": 0}, "num_processes is 0"),
         ({"train": (DataSource("a", weight=1.0), DataSource("b"))}, r"weights \[1.0, None\]"),
         ({"train": (DataSource("a"), DataSource("b")), "streaming": True}, "weights"),

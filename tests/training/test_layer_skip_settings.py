@@ -19,6 +19,7 @@ from layerskip_vllm.training.settings import LayerSkipSettings
         ("rotation", 0, "rotation is 0; it must be an integer of at least 1"),
         ("num_speculative_tokens", 0, "num_speculative_tokens is 0"),
         ("exit_layers", (1, 2), "exit_layers has 1, whose weight is 0"),
+        ("exit_layer", 1, "exit_layer is 1, whose weight is 0 with exit_scale sum"),
     ],
 )
 def test_settings_name_the_field_and_value_when_out_of_range(field, value, message):
@@ -33,12 +34,26 @@ def test_settings_name_the_field_and_value_when_out_of_range(field, value, messa
         ("exit_layer", 8, "exit_layer is 8; it must be from 1 to 7"),
         ("exit_layer", 0, "exit_layer is 0"),
         ("exit_layers", (2, 8), r"exit_layers\[1\] is 8; it must be from 1 to 7"),
+        (
+            "exit_layers",
+            (3, 4),
+            r"exit_layer is 2 \(not set, so a quarter .* in exit_layers, \[3, 4",
+        ),
     ],
 )
 def test_settings_name_the_field_and_value_when_they_do_not_fit_the_model(field, value, message):
     settings = LayerSkipSettings(**{field: value})
 
     with pytest.raises(ValueError, match=message):
+        settings.check_fits(8)
+
+
+def test_settings_are_refused_when_the_exit_that_drafts_is_not_trained():
+    settings = LayerSkipSettings(exit_layer=4, exit_layers=(3, 5))
+
+    with pytest.raises(
+        ValueError, match=r"exit_layer is 4, which drafts and must be in exit_layers"
+    ):
         settings.check_fits(8)
 
 

@@ -18,8 +18,8 @@ import torch
 import transformers
 import yaml
 
-from layerskip_vllm.checkpoints import default_settings
 from layerskip_vllm.cli import main
+from layerskip_vllm.draft_settings import default_settings
 from layerskip_vllm.training.run import (
     check_whole_checkpoint,
     find_last_checkpoint,
@@ -319,6 +319,15 @@ def test_steps_have_the_rows_asked_for_when_devices_take_fewer(tmp_path, checkpo
         ),
         ({"layerskip": {"rotation": 9}}, "rotation is 9; it must be from 1 to 4"),
         ({"layerskip": {"exit_layer": 4}}, "exit_layer is 4; it must be from 1 to 3"),
+        (
+            {
+                "training": {
+                    "gradient_checkpointing": True,
+                    "gradient_checkpointing_kwargs": {"use_reentrant": True},
+                }
+            },
+            "gradient_checkpointing_kwargs has use_reentrant true",
+        ),
         ({"layerskip": {"p_max": 4}}, "layerskip has the unknown key 'p_max'; known are max_drop"),
         ({"optimizer": {}}, "The config has the unknown key 'optimizer'; known are model, data"),
     ],
@@ -332,7 +341,7 @@ def test_command_names_what_is_wrong_when_the_config_is(
     config |= {name: values for name, values in sections.items() if name not in base}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
 
-    assert main(["train", str(tmp_path / "config.yaml")]) == 1
+    assert main(["train", str(tmp_path / "config.yaml")]) == 2
 
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -365,8 +374,14 @@ def test_command_prints_a_recipe_that_can_be_read_again_when_asked_to(tmp_path, 
     assert load_config(str(tmp_path / "mine.yaml")) == load_config("topv2-llama-1.5b")
 
 
+def test_command_refuses_to_print_what_is_not_written_when_given_assignments(capsys):
+    assert main(["train", "topv2-llama-1.5b", "--print", "training.seed=1"]) == 2
+
+    assert "leave out training.seed=1" in capsys.readouterr().err
+
+
 def test_command_names_the_recipes_when_the_config_is_neither_file_nor_recipe(capsys):
-    assert main(["train", "nothing"]) == 1
+    assert main(["train", "nothing"]) == 2
 
     assert "'nothing' is neither a file nor a recipe; recipes are code-" in capsys.readouterr().err
 
@@ -377,5 +392,5 @@ def test_command_says_what_to_install_when_a_package_is_missing(monkeypatch, cap
         monkeypatch.delitem(sys.modules, f"layerskip_vllm.training.{name}")
         monkeypatch.delattr(f"layerskip_vllm.training.{name}", raising=False)
 
-    assert main(["train", "topv2-llama-1.5b"]) == 1
+    assert main(["train", "topv2-llama-1.5b"]) == 2
     assert "pip install 'layerskip-vllm[train]'" in capsys.readouterr().err

@@ -114,6 +114,8 @@ def test_override_sets_values_of_sections_and_list_items():
         ("items.name=y", "items has 1 items and no 'name'"),
         ("a.b.c=1", "a.b is 1 and has no parts"),
         ("a.b.c.d=1", "a.b is 1 and has no parts"),
+        ("a.b=*.py", r"'a.b=\*.py' sets what is no YAML; put the value in quotes of its own"),
+        ("a.b=[1", "sets what is no YAML"),
     ],
 )
 def test_override_names_the_part_when_there_is_none(assignment, message):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import http.server
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from layerskip_vllm.cli import main
-from layerskip_vllm.watch.sample import compare, is_restarted, parse_sample
+from layerskip_vllm.watch.sample import compare, is_restarted, parse_sample, read_sample
 
 PAGE = """\
 # TYPE vllm:generation_tokens counter
@@ -43,6 +44,9 @@ SECOND = PAGE.format(
 )
 
 
+STARTING = ""  # A proxy's answer while the server behind it starts.
+
+
 @pytest.fixture
 def server() -> Iterator[tuple[str, list[str]]]:
     """Its address and the pages that it has still to give; the last one stays."""
@@ -50,11 +54,12 @@ def server() -> Iterator[tuple[str, list[str]]]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            is_there = self.path == "/metrics"
-            self.send_response(200 if is_there else 404)
+            page = pages.pop(0) if len(pages) > 1 else pages[0]
+            status = 404 if self.path != "/metrics" else 503 if page == STARTING else 200
+            self.send_response(status)
             self.end_headers()
-            if is_there:
-                self.wfile.write((pages.pop(0) if len(pages) > 1 else pages[0]).encode())
+            if status == 200:
+                self.wfile.write(page.encode())
 
         def log_message(self, *_: object) -> None:
             pass
@@ -86,6 +91,19 @@ def test_restart_is_seen_when_counters_go_back() -> None:
     assert not is_restarted(parse_sample(FIRST, 0.0), parse_sample(SECOND, 1.0))
 
 
+def test_restart_is_seen_when_the_server_comes_back_with_another_k() -> None:
+    shorter = "".join(line for line in FIRST.splitlines(True) if 'position="1"' not in line)
+    assert is_restarted(parse_sample(FIRST, 0.0), parse_sample(shorter, 1.0))
+
+
+def test_server_counts_as_away_when_a_proxy_answers_for_it(server: tuple[str, list[str]]) -> None:
+    url, pages = server
+    pages.insert(0, STARTING)
+    with pytest.raises(OSError, match="answers 503"):
+        read_sample(url)
+    assert read_sample(url).drafting.num_drafts == 10
+
+
 def test_watch_prints_the_interval_when_told_to_look_once(
     server: tuple[str, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,7 +123,13 @@ def test_watch_prints_the_interval_when_told_to_look_once(
     ("arguments", "message"),
     [
         (["127.0.0.1:8000"], "URL is '127.0.0.1:8000'; it must be an address such as http://"),
-        (["http://127.0.0.1:9"], "http://127.0.0.1:9: <urlopen error"),
+        (["http://127.0.0.1:9"], "http://127.0.0.1:9/metrics does not answer (<urlopen error"),
+        (["http://127.0.0.1:abc"], "URL is 'http://127.0.0.1:abc'; nonnumeric port: 'abc'."),
+        (["{url}", "--model", "{pointer}"], "is no safetensors file; if it is a pointer of Git"),
+        (
+            ["{url}", "--model", "checkpoints/stdlib-24l", "--exit-layer", "0"],
+            "--exit-layer is 0; it must be from 1 to 24.",
+        ),
         (["{url}/v1"], "answers 404; it must be a vLLM server's address"),
         (["{url}", "--interval", "0"], "--interval is 0.0; it must be above 0 seconds."),
         (["{url}", "--exit-layer", "4"], "--exit-layer is for --model, which is not given"),
@@ -119,12 +143,22 @@ def test_watch_prints_the_interval_when_told_to_look_once(
 def test_watch_prints_one_error_when_something_is_wrong(
     server: tuple[str, list[str]],
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
     arguments: list[str],
     message: str,
 ) -> None:
     url, _ = server
-    assert main(["watch", *(argument.format(url=url) for argument in arguments)]) == 2
+    config = Path("checkpoints/stdlib-24l/config.json")
+    (tmp_path / "config.json").write_text(config.read_text())
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    filled = [argument.format(url=url, pointer=tmp_path) for argument in arguments]
+    assert main(["watch", *filled]) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
+
+
+def test_error_shows_where_it_comes_from_when_asked_to_debug() -> None:
+    with pytest.raises(ValueError, match="it must be an address"):
+        main(["--debug", "watch", "nowhere"])

@@ -150,6 +150,10 @@ def test_command_refuses_to_judge_when_nothing_was_drafted(verified, replay):
         (["--engine-args", '{"dtype": "half"}'], "engine_args has 'dtype', which is set for each"),
         (["--speculative-config", '{"method": "ngram"}'], "speculative_config has method 'ngram'"),
         (["--data", "nowhere.txt"], "data is 'nowhere.txt', which is not there"),
+        (
+            ["--speculative-config", '{"exit_layer": 4}', "--exit-layer=6"],
+            "--exit-layer and --speculative-config['exit_layer'] are mutually exclusive",
+        ),
     ],
 )
 def test_command_prints_one_error_when_something_is_wrong(tmp_path, capsys, arguments, message):

@@ -9,12 +9,8 @@ from typing import Any
 
 import pytest
 
-from layerskip_vllm.checkpoints import (
-    PUBLISHED_SETTINGS,
-    check_positive_int,
-    default_settings,
-    write_entry,
-)
+from layerskip_vllm.checks import check_positive_int
+from layerskip_vllm.draft_settings import PUBLISHED_SETTINGS, default_settings, write_entry
 
 
 def settings_of(model: str, num_layers: int = 32, **config: Any) -> tuple[int, int]:

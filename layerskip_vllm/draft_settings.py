@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerskip_vllm.checks import check_positive_int
+
 CONFIG_KEY = "layerskip"
 DEFAULT_NUM_SPECULATIVE_TOKENS = 4
 
@@ -103,24 +105,6 @@ def _checked_entry(entry: Any) -> dict[str, Setting]:
             raise ValueError(f"{where} has the unknown key {key!r}; known are {', '.join(fields)}.")
         check_positive_int(f"{key} of {where}", value)
     return {key: Setting(value, "the checkpoint's config.json") for key, value in entry.items()}
-
-
-def check_positive_int(name: str, value: Any) -> int:
-    """Check that a setting is an integer of at least 1.
-
-    Args:
-        name: What the error calls the setting.
-        value: The setting's value.
-
-    Returns:
-        `value`.
-
-    Raises:
-        ValueError: If it is anything else; a bool, a float or a numeral in a string too.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
-    return value
 
 
 def write_entry(folder: Path, entry: Mapping[str, int]) -> None:
