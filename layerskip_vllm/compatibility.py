@@ -80,6 +80,14 @@ def check_engine(args: EngineArgs, parallel_config: ParallelConfig) -> None:
             raise ValueError(
                 f"{name} is {value!r}, which layerskip does not support; it must be {right!r}."
             )
+    backend = args.offload_backend
+    if backend == "prefetch" or (backend == "auto" and args.offload_group_size > 0):
+        raise ValueError(
+            f"offload_backend is {backend!r} with an offload_group_size of "
+            f"{args.offload_group_size}, which layerskip does not support: prefetching expects "
+            "every step to run all layers in turn, and draft steps stop at the exit. Leave it out, "
+            "or offload with cpu_offload_gb."
+        )
     if args.scheduler_cls is not None:
         _check_scheduler(args.scheduler_cls)
 

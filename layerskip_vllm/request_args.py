@@ -102,7 +102,8 @@ def limit_step(scheduler: Scheduler, output: SchedulerOutput) -> None:
     """Hold a step that has been scheduled, and is yet to be counted, to its requests' limits.
 
     vLLM pads a prompt that is cached but for one token with K placeholder drafts, whatever it asks
-    for. And the step drafts no more tokens than the request that takes the most, or none at all.
+    for. And the step drafts no more tokens than the request that takes the most, or none at all;
+    one CUDA graph of K steps runs them all the same.
 
     Args:
         scheduler: The scheduler of the step.

@@ -21,6 +21,7 @@ from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
+from layerskip_vllm.drafting.kv_transfer import without_kv_connector
 from layerskip_vllm.exit_adapter import ExitAdapter, load_exit_adapter
 
 
@@ -104,10 +105,22 @@ class ExitModel(nn.Module):
             `[num_tokens, hidden_size]`, what `compute_logits` takes.
         """
         assert inputs_embeds is None
-        hidden_states = self.view(input_ids, positions, None, None)
+        with without_kv_connector():
+            hidden_states = self.view(input_ids, positions, None, None)
         if self.exit_adapter is None:
             return hidden_states
         return self.exit_adapter(hidden_states)
+
+    def load_weights(self, *_: object, **__: object) -> None:
+        """Refuse weights for a draft model, which vLLM's weight transfer would send.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "layerskip has no draft weights to update: it drafts with the target's own layers. "
+            "Update the target's weights alone; drafts follow at once."
+        )
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Apply the target's head: `[num_tokens, hidden_size]` to `[num_tokens, vocab_size]`."""

@@ -76,11 +76,6 @@ class LayerSkipProposer(DraftModelProposer):
         self.model = ExitModel(target_model, config.exit_layer, self.vllm_config)
         self._draft_attn_layer_names = self.model.attn_layer_names
         self._lora = make_draft_lora(self.vllm_config, target_model)
-        # Rows at the end of their context draft nothing here, so the runner need not stop the
-        # whole batch from drafting for their sake.
-        self.runner.effective_drafter_max_model_len = (
-            self.max_model_len + config.num_speculative_tokens
-        )
 
     def _check_rejection_sampler(self) -> None:
         method = self.speculative_config.rejection_sample_method
@@ -102,6 +97,13 @@ class LayerSkipProposer(DraftModelProposer):
 
         Differs from its base: the layers may lie in several KV cache groups (sliding windows).
         """
+        # vLLM may have found a context that fits the memory since this was made.
+        self.max_model_len = self.vllm_config.model_config.max_model_len
+        # Rows at the end of their context draft nothing here, so the runner need not stop the
+        # whole batch from drafting for their sake.
+        self.runner.effective_drafter_max_model_len = (
+            self.max_model_len + self.speculative_config.num_speculative_tokens
+        )
         layers = get_layers_from_vllm_config(
             self.vllm_config, AttentionLayerBase, list(self._draft_attn_layer_names)
         )

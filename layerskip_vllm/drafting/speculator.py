@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         self.graphs: DraftCudaGraphs | None = None
         self.lora: DraftLoRA | None = None
         self.lora_ids: Sequence[int] = ()
+        self.is_lora_mapped = False
 
     @override
     def load_draft_model(
@@ -69,6 +71,8 @@ class LayerSkipSpeculator(DraftModelSpeculator):
     ) -> None:
         # The runner takes these names out of the target's checks, so it must see none: there are no
         # layers but the target's. Only the metadata of draft steps is built for the prefix's.
+        # vLLM may have found a context that fits the memory since this was made.
+        self.max_model_len = self.vllm_config.model_config.max_model_len
         no_names = self.draft_attn_layer_names
         self.draft_attn_layer_names = self.model.attn_layer_names
         super().set_attn(
@@ -121,8 +125,12 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         if self.lora is None:
             return
         lora_ids = lora_state.lora_ids[input_batch.idx_mapping_np]
-        self.lora.map_logits(lora_ids, np.diff(input_batch.cu_num_logits_np))
         self.lora_ids = lora_ids.tolist()
+        # On GPUs vLLM's kernels skip a batch without adapters, whatever its rows. The target's
+        # mapping says so already, and another would make the host wait for the device.
+        self.is_lora_mapped = bool((lora_ids != NO_LORA_ID).any()) or self.device.type == "cpu"
+        if self.is_lora_mapped:
+            self.lora.map_logits(lora_ids, np.diff(input_batch.cu_num_logits_np))
 
     @override
     @torch.inference_mode()
@@ -194,7 +202,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         batch_desc, num_tokens_across_dp = self._dispatch(
             num_reqs, num_speculative_tokens, set(lora_ids), dp_sync_state, is_profile
         )
-        if self.lora is not None:
+        if self.lora is not None and (dummy_run or self.is_lora_mapped):
             self.lora.map_requests(lora_ids, batch_desc.num_tokens)
         self._draft(
             num_reqs,
@@ -217,6 +225,12 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         num_tokens = num_reqs
         if dp_sync_state is not None:
             dp_sync_state, num_tokens = self._build_uniform_batch_dp_sync(dp_sync_state, num_reqs)
+        if is_profile and num_tokens == 1 < self.max_num_tokens:
+            # The run that compiles: from a single row it would make the number of rows a constant.
+            num_tokens = 2
+            if dp_sync_state is not None:
+                across_dp = torch.full_like(dp_sync_state.num_tokens_across_dp, num_tokens)
+                dp_sync_state = replace(dp_sync_state, num_tokens_across_dp=across_dp)
         batch_desc, dp_sync_state = dispatch_cg_and_sync_dp(
             self.graphs,
             num_reqs,

@@ -103,6 +103,30 @@ def test_engine_setting_is_refused_when_drafting_does_not_support_it(
     assert f"must be {right!r}" in message
 
 
+@pytest.mark.parametrize("backend", ["auto", "prefetch"])
+@pytest.mark.feature(
+    "Models and weights",
+    "weights offloaded by prefetching (`offload_group_size`)",
+    runners=("v1", "v2"),
+    is_refused=True,
+)
+def test_prefetched_weights_are_refused_because_drafts_do_not_run_all_layers(
+    configure: Callable[..., Any], backend: str
+) -> None:
+    message = refusal(configure, offload_backend=backend, offload_group_size=2)
+    assert f"offload_backend is {backend!r} with an offload_group_size of 2" in message
+    assert "offload with cpu_offload_gb" in message
+
+
+def test_weights_may_be_offloaded_when_they_are_not_prefetched(
+    configure: Callable[..., Any],
+) -> None:
+    offloaded = {"offload_backend": "uva", "cpu_offload_gb": 1, "offload_group_size": 2}
+    with pytest.warns(UserWarning, match="Prefetch settings will be ignored"):
+        vllm_config = configure(speculative_config=LAYERSKIP, **offloaded)
+    assert vllm_config.speculative_config.exit_layer == 2
+
+
 class FirstComeScheduler:
     """A scheduler that is not vLLM's."""
 

@@ -86,3 +86,10 @@ def test_model_is_refused_when_a_layer_before_the_exit_shares_its_kv_cache() -> 
     _check_prefix(layers, {"layers.0.attn"})
     with pytest.raises(ValueError, match=r"layers\.1\.attn shares the KV cache of layers\.0\.attn"):
         _check_prefix(layers, set(layers))
+
+
+def test_draft_weights_are_refused_because_there_are_none() -> None:
+    from layerskip_vllm.stages import ExitModel
+
+    with pytest.raises(ValueError, match=r"no draft weights .* Update the target's weights alone"):
+        ExitModel.load_weights(nn.Identity(), [])

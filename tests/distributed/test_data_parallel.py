@@ -21,6 +21,7 @@ from tests.support.scenarios import Request, Scenario, tokens
 
 pytestmark = pytest.mark.engine
 
+MODELS = {"a dense model": "llama", "experts": "mixtral"}
 EXIT_LAYER, K = 4, 3
 NUM_TOKENS = 20
 PROMPTS = tuple(tokens(length) for length in (17, 40, 9, 32))
@@ -42,20 +43,20 @@ class Service:
         return response["choices"][0]["token_ids"]
 
 
-@pytest.fixture(scope="module", params=["llama", "mixtral"])
-def architecture(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(scope="module", params=MODELS)
+def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture(scope="module", params=RUNNERS)
 def service(
     request: pytest.FixtureRequest,
-    architecture: str,
+    kind: str,
     engines: Engines,
     checkpoint: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Service]:
-    runner, model, has_experts = request.param, checkpoint(architecture), architecture == "mixtral"
+    runner, model, has_experts = request.param, checkpoint(MODELS[kind]), kind == "experts"
     requests = tuple(Request(prompt, {"max_tokens": NUM_TOKENS}) for prompt in PROMPTS)
     (plain,) = engines.serve(runner, Scenario(str(model), requests))
     expected = [list(token_ids) for (token_ids,) in plain.token_ids]
@@ -102,7 +103,7 @@ def test_idle_rank_drafts_along_when_experts_are_spread(service: Service) -> Non
     assert has_run_along == service.has_experts
 
 
-@pytest.mark.feature("Engine", "data parallelism: {architecture}")
+@pytest.mark.feature("Engine", "data parallelism: {kind}")
 def test_tokens_equal_plain_when_both_ranks_serve(service: Service) -> None:
     """The ranks start and stop at different steps, since their drafts are accepted differently."""
     before = [service.server.counters(rank)["num_drafts"] for rank in (0, 1)]

@@ -37,6 +37,25 @@ def test_tokens_equal_plain_when_context_ends_inside_a_draft(runner, checkpoint,
 
 
 @pytest.mark.parametrize("exit_layer", [2, NUM_LAYERS])
+def test_tokens_equal_plain_when_vllm_has_fitted_the_context_to_the_memory(
+    runner, checkpoint, exit_layer
+):
+    """`max_model_len` -1: the engine is made for the model's context, and then gets a shorter."""
+    requests = tuple(Request(tokens(room, room), {"max_tokens": 999}) for room in (100, 121, 125))
+    scenario = Scenario(
+        str(checkpoint()),
+        requests,
+        layerskip(exit_layer, 5),
+        {"max_model_len": -1, "kv_cache_memory_bytes": 5 << 17},  # null block and four
+    )
+    plain, drafted = runner.pair(scenario)
+    assert_same_outputs(plain, drafted)
+    assert [len(token_ids) for (token_ids,) in drafted.token_ids] == [28, 7, 3]
+    if exit_layer == NUM_LAYERS:
+        assert_all_accepted(drafted)
+
+
+@pytest.mark.parametrize("exit_layer", [2, NUM_LAYERS])
 def test_tokens_equal_plain_when_outputs_end_at_block_boundaries(runner, checkpoint, exit_layer):
     """Ends before, at and after the end of a block of 32 tokens; then the blocks are used again."""
     requests = tuple(

@@ -1,4 +1,7 @@
-"""KV connectors: what one engine has computed for a prompt, another drafts on."""
+"""KV connectors: what one engine has computed for a prompt, another drafts on.
+
+The connector fails where a step loads or saves a layer twice, as a draft step would.
+"""
 
 import pytest
 
@@ -15,7 +18,8 @@ def test_outputs_equal_plain_when_the_prompts_cache_comes_from_a_connector(
     runner, checkpoint, tmp_path
 ):
     connector = {
-        "kv_connector": "ExampleConnector",
+        "kv_connector": "OnceALayerConnector",
+        "kv_connector_module_path": "tests.support.kv_connector",
         "kv_role": "kv_both",
         "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
     }

@@ -43,6 +43,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str], str]] = {
         ONE_GRAPH,
     ),
     "no async scheduling": ({"async_scheduling": False}, {}, {}, ONE_GRAPH),
+    # vLLM asserts that several ranges of compiled sizes come of a graph with a size in it.
+    "one request, compiled in ranges": (
+        {"max_num_seqs": 1, "compilation_config": {"compile_ranges_endpoints": [64]}},
+        {},
+        {},
+        ONE_GRAPH,
+    ),
     "LoRA": (LORA, {}, {}, ONE_GRAPH),
     "LoRA, graph a step": ({**LORA, "attention_backend": "FLEX_ATTENTION"}, {}, {}, GRAPH_A_STEP),
     "runner V1": ({}, {}, {"VLLM_USE_V2_MODEL_RUNNER": "0"}, "piecewise"),
@@ -63,7 +70,6 @@ def run_case(name: str, model: str) -> None:
     llm = LLM(
         model,
         max_model_len=256,
-        max_num_seqs=4,
         gpu_memory_utilization=0.5,
         disable_log_stats=False,
         speculative_config={
@@ -72,7 +78,7 @@ def run_case(name: str, model: str) -> None:
             "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
             **speculative,
         },
-        **engine_args,
+        **{"max_num_seqs": 4, **engine_args},
     )
     prompts = [{"prompt_token_ids": list(range(2, 2 + length))} for length in (3, 20, 40)]
     sampling = SamplingParams(

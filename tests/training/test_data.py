@@ -128,7 +128,7 @@ def test_template_takes_a_part_of_a_column_when_it_is_nested(tmp_path, tokenizer
     path = write(tmp_path / "a.jsonl", '{"q": "why", "answers": {"text": ["so"]}}\n')
     source = DataSource(path, prompt="{q}?", completion="{answers[text][0]}")
 
-    assert decode(tokenizer, load(tokenizer, source)) == "why?so<eos>"
+    assert decode(tokenizer, load(tokenizer, source)) == "so<eos>"
 
 
 def test_rows_are_cut_and_dropped_when_longer_than_the_limit(tmp_path, tokenizer):

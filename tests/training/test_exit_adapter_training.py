@@ -262,7 +262,7 @@ def test_command_trains_an_adapter_and_says_how_to_serve_it(tmp_path, checkpoint
     state = json.loads((out / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [*range(1, 9)]
 
-    assert main(["train", str(path), "exit_adapter.rank=9"]) == 1
+    assert main(["train", str(path), "exit_adapter.rank=9"]) == 2
     assert "whose run has exit_adapter.rank 8, not 9" in capsys.readouterr().err
 
 
@@ -283,5 +283,5 @@ def test_command_trains_an_adapter_and_says_how_to_serve_it(tmp_path, checkpoint
 def test_command_refuses_a_config_that_is_wrong(tmp_path, checkpoint, capsys, changes, message):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(adapter_config(tmp_path, checkpoint, **changes)))
-    assert main(["train", str(path)]) == 1
+    assert main(["train", str(path)]) == 2
     assert message in capsys.readouterr().err

@@ -375,7 +375,7 @@ def test_command_prints_a_recipe_that_can_be_read_again_when_asked_to(tmp_path, 
 
 
 def test_command_refuses_to_print_what_is_not_written_when_given_assignments(capsys):
-    assert main(["train", "topv2-llama-1.5b", "--print", "training.seed=1"]) == 2
+    assert main(["train", "topv2-llama-1.5b", "training.seed=1", "--print"]) == 2
 
     assert "leave out training.seed=1" in capsys.readouterr().err
 
