@@ -1,12 +1,14 @@
-"""The Ray cluster that all tests of Ray share, and a process that runs vLLM on it."""
+"""The Ray cluster that all tests of Ray share, and processes that run vLLM on it."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 
 import pytest
 
-from tests.support.engine_process import EngineProcess
+from tests.support.engine_process import RUNNERS, EngineProcess
 from tests.support.ray_cluster import RayCluster
 
 # Neither of the cluster's nodes was started with these.
@@ -21,11 +23,32 @@ def cluster() -> Iterator[RayCluster]:
 
 
 @pytest.fixture(scope="session")
-def driver(
+def drivers(
     cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[EngineProcess]:
-    """A process that runs engines, on the cluster where they ask for Ray."""
-    variables = {**cluster.environment, **DRIVERS_OWN, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    process = EngineProcess("v1", tmp_path_factory.mktemp("driver"), variables)
-    yield process
-    process.stop()
+) -> Iterator[dict[str, EngineProcess]]:
+    """For each model runner a process that runs engines, on the cluster where they ask for Ray."""
+    processes = {}
+    for runner, variables in RUNNERS.items():
+        paths = [variables.get("PYTHONPATH"), cluster.environment["PYTHONPATH"]]
+        variables = {**variables, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        environment = {
+            **cluster.environment,
+            **variables,
+            **DRIVERS_OWN,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            # The runner is chosen, and Triton replaced, before an actor imports anything.
+            "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # where vLLM's engine core gives it once more
+            "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": variables}}),
+        }
+        processes[runner] = EngineProcess(
+            runner, tmp_path_factory.mktemp(f"driver-{runner}"), environment
+        )
+    yield processes
+    for process in processes.values():
+        process.stop()
+
+
+@pytest.fixture(scope="session")
+def driver(drivers: dict[str, EngineProcess]) -> EngineProcess:
+    """That of vLLM's default model runner on the CPU."""
+    return drivers["v1"]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.conftest import DRIVERS_OWN
-from tests.support.engine_process import EngineProcess
+from tests.support.checks import DRAFTERS
+from tests.support.engine_process import RUNNERS, EngineProcess
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 from tests.support.worker_probe import Served
 
@@ -21,6 +22,11 @@ SERVE = "tests.support.distributed_job:serve"
 
 def scenario(model: Path, **engine: object) -> Scenario:
     return Scenario(str(model), REQUESTS, layerskip(EXIT_LAYER, K), {"max_num_seqs": 3, **engine})
+
+
+@pytest.fixture(scope="module", params=RUNNERS)
+def driver(request: pytest.FixtureRequest, drivers: dict[str, EngineProcess]) -> EngineProcess:
+    return drivers[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +48,7 @@ def served(
     return driver.run(job, scenario(checkpoint(), **on_ray))
 
 
-@pytest.mark.feature("Ray", "Ray executor", runners=("v1",))
+@pytest.mark.feature("Ray", "Ray executor")
 def test_tokens_equal_plain_when_workers_are_ray_actors(plain: Served, served: Served) -> None:
     assert served.token_ids == plain.token_ids
 
@@ -58,9 +64,11 @@ def test_all_ranks_draft_the_same_when_workers_are_ray_actors(served: Served) ->
     assert all(drafts == served.drafts[0] for drafts in served.drafts)
 
 
-def test_settings_reach_each_actor_when_the_driver_alone_has_them(served: Served) -> None:
+def test_settings_reach_each_actor_when_the_driver_alone_has_them(
+    driver: EngineProcess, served: Served
+) -> None:
     for worker in served.workers:
-        assert worker["drafter"] == "LayerSkipProposer"
+        assert worker["drafter"] == DRAFTERS[driver.runner]
         assert (worker["exit_layer"], worker["num_speculative_tokens"]) == (EXIT_LAYER, K)
         assert worker["num_attn_layers"] == EXIT_LAYER
         assert DRIVERS_OWN.items() <= worker["variables"].items()

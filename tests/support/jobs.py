@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from tests.support.scenarios import GREEDY, Completion, Output, Report, Request, Scenario, Step
 
+_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 _ENGINE: dict[str, Any] = {
     "dtype": "float32",
     "max_model_len": 256,
@@ -37,8 +39,9 @@ def serve(scenario: Scenario) -> Report:
 
 @contextlib.contextmanager
 def engine(scenario: Scenario) -> Iterator[LLM]:
-    """A new engine for a scenario."""
-    with _async_scheduling() if scenario.is_async else contextlib.nullcontext():
+    """A new engine for a scenario; asynchronous on V2, as on GPUs."""
+    is_async = scenario.is_async or (scenario.speculative and os.environ[_RUNNER] == "1")
+    with _async_scheduling() if is_async else contextlib.nullcontext():
         llm = LLM(
             model=scenario.model,
             speculative_config=scenario.speculative and dict(scenario.speculative),
