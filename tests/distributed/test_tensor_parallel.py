@@ -138,6 +138,7 @@ def test_each_rank_drafts_as_the_user_says_when_there_are_two(comparison: Compar
         assert worker["drafter"] == DRAFTERS[comparison.runner]
         assert (worker["exit_layer"], worker["num_speculative_tokens"]) == (EXIT_LAYER, K)
         assert worker["num_attn_layers"] == EXIT_LAYER
-        assert worker["is_expert_parallel"] == (
-            "enable_expert_parallel" in comparison.case.parallel
-        )
+        is_split = "enable_expert_parallel" in comparison.case.parallel
+        assert worker["runs_part_of_the_experts"] == is_split
+        is_local = "use_local_argmax_reduction" in comparison.case.speculative
+        assert (worker["num_local_argmax"] > 0) == is_local

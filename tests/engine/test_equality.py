@@ -50,7 +50,7 @@ def test_runners_agree_when_scenario_is_the_same(
     engines, checkpoint, exit_layer, num_speculative_tokens
 ):
     speculative = layerskip(exit_layer, num_speculative_tokens)
-    scenario = Scenario(str(checkpoint()), REQUESTS, speculative, ENGINE)
+    scenario = Scenario(str(checkpoint()), REQUESTS, speculative, ENGINE, is_async=False)
     engines.start("v2", scenario)
     (v1,), (v2,) = engines.serve("v1", scenario), engines.serve("v2", scenario)
     assert (v1.runner, v2.runner) == ("v1", "v2")

@@ -89,6 +89,8 @@ def served(runner, checkpoint, request) -> Served:
         for name in ("eos", "stop_token"):
             # The output ended inside a draft: all of it was accepted, past the end.
             assert served.only(name).spec_decode["per_step_accepted"] == [5]
+        for name in ("penalties", "allowed", "bad_words"):
+            assert sum(served.only(name).spec_decode["per_step_accepted"]) > 0
     return served
 
 

@@ -85,7 +85,8 @@ def test_distribution_is_the_targets_when_verification_is_by_block(engines, scen
     speculative = layerskip(
         EXIT_LAYER, K, draft_sample_method="probabilistic", rejection_sample_method="block"
     )
-    (drafted,) = engines.serve("v2", replace(scenario, speculative=speculative))
+    engine = scenario.engine | {"seed": 3}
+    (drafted,) = engines.serve("v2", replace(scenario, engine=engine, speculative=speculative))
     assert_some_accepted_some_refused(drafted)
     assert compare(sample(drafted), [*one, *other]).p_value > FALSE_ALARM
 
@@ -94,6 +95,7 @@ def test_distribution_is_the_targets_when_verification_is_by_block(engines, scen
 def test_comparison_fails_when_drafts_are_accepted_unconditionally(engines, name, scenario, method):
     """The comparisons above can fail: here every draft is accepted, and they do."""
     one, other = plain_samples(engines, name, scenario)
+    scenario = replace(scenario, engine=scenario.engine | {"seed": 3})
     speculative = layerskip(EXIT_LAYER, K, draft_sample_method=method)
     if name == "v1":  # has no such verification on the CPU
         job = "tests.support.unverified_job:serve_unverified"

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from tests.serving.server import Server
 from tests.support.engine_process import RUNNERS
+from tests.support.engines import Engines
+from tests.support.scenarios import Request, Scenario
 
 pytestmark = pytest.mark.engine
 
@@ -56,6 +59,7 @@ def server(
         '--structured-outputs-config={"backend": "xgrammar", "disable_any_whitespace": true}',
         variables=RUNNERS[request.param],
     ) as server:
+        assert f"Model Runner {request.param.upper()}" in server.log
         yield server
 
 
@@ -65,8 +69,13 @@ def chat(server: Server, **parameters: Any) -> str:
 
 
 @pytest.mark.feature("Requests", "chat")
-def test_chat_gives_the_text_of_its_prompt_when_drafting(server: Server) -> None:
-    expected = server.complete(PROMPT, max_tokens=20, ignore_eos=True)["choices"][0]["text"]
+def test_chat_gives_plain_vllms_text_when_drafting(
+    server: Server, engines: Engines, checkpoint: Callable[..., Path]
+) -> None:
+    model = checkpoint("llama")
+    prompt = tuple(AutoTokenizer.from_pretrained(model).encode(PROMPT))
+    (plain,) = engines.serve("v1", Scenario(str(model), (Request(prompt, {"max_tokens": 20}),)))
+    expected = plain.outputs[0].completions[0].text
     before = server.counters()
     answer = json.loads(chat(server, max_tokens=20, ignore_eos=True))
     assert answer["choices"][0]["message"]["content"] == expected

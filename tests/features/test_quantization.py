@@ -25,6 +25,8 @@ def test_tokens_equal_plain_when_weights_are_int8(runner, checkpoint, tmp_path):
     plain, drafted = runner.pair(Scenario(str(model), REQUESTS, layerskip(2, 4)))
     assert_same_outputs(plain, drafted)
     assert_some_accepted_some_refused(drafted)
+    (whole,) = runner.serve(Scenario(str(checkpoint()), REQUESTS))
+    assert whole.token_ids != plain.token_ids
 
 
 @pytest.mark.feature("KV cache", "fp8 KV cache")

@@ -45,12 +45,16 @@ def test_output_obeys_the_grammar_when_drafting(runner, checkpoint):
         ),
         Request(tokens(9, 4), {"max_tokens": 20}),
     )
-    compact = {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
-    scenario = Scenario(str(checkpoint()), requests, layerskip(2, 4), compact)
+    engine = {
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+        "per_request_spec_decode_metrics": "detailed",
+    }
+    scenario = Scenario(str(checkpoint()), requests, layerskip(2, 4), engine)
     plain, drafted = runner.pair(scenario)
     assert_same_outputs(plain, drafted)
     assert_some_accepted_some_refused(drafted)
     answer, matched, chosen, free = (output.completions[0] for output in drafted.outputs)
+    assert sum(answer.spec_decode["per_step_accepted"]) > 0
     assert json.loads(answer.text).keys() == SCHEMA["properties"].keys()
     assert re.fullmatch(REGEX, matched.text)
     assert chosen.text in CHOICES

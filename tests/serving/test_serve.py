@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from layerskip_vllm.cli.saved_weights import read_shares
 from tests.serving.server import FLAGS, Server, command, environment
@@ -68,11 +69,25 @@ def test_server_accepts_every_draft_when_all_layers_draft(server: Server) -> Non
 
 def test_dashboard_names_only_metrics_that_a_server_has_when_scraped(server: Server) -> None:
     server.complete("hello", max_tokens=13, ignore_eos=True)
-    scraped = set(re.findall(r"^(vllm:\w+)", server.fetch("/metrics"), re.MULTILINE))
-    dashboard = Path("dashboards/layerskip.json").read_text()
-    named = set(re.findall(r"vllm:\w+", dashboard))
-    assert len(named) > 10
-    assert named <= scraped
+    labels: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(server.fetch("/metrics")):
+        for sample in family.samples:
+            labels.setdefault(sample.name, set()).update(sample.labels)
+    dashboard = json.loads(Path("dashboards/layerskip.json").read_text())
+    queries = [t["expr"] for panel in dashboard["panels"] for t in panel.get("targets", ())]
+    found = [
+        (name, label)
+        for query in queries
+        for name, selector in re.findall(r"(vllm:\w+)\{([^}]*)\}", query)
+        for label in re.findall(r"(\w+)=~", selector)
+    ]
+    assert len({name for name, _ in found}) > 10
+    assert all(label in labels[name] for name, label in found)
+    assert "".join(queries).count("vllm:") == len(found)  # each is of the chosen model alone
+    assert all(query.count("(") == query.count(")") for query in queries)
+    (by_position,) = (query for query in queries if "by (" in query)
+    assert by_position.startswith("sum by (position) (rate(vllm:spec_decode_num_accepted_tokens_p")
+    assert "position" in labels["vllm:spec_decode_num_accepted_tokens_per_pos_total"]
 
 
 def test_watch_shows_what_a_server_accepts_when_it_drafts(server: Server) -> None:

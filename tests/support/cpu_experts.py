@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+# Whether this process has run experts of which it holds a part.
+has_run_a_part = False
+
 
 def add_expert_parallelism() -> None:
     """Add what is missing to vLLM's classes in this process."""
@@ -29,6 +32,8 @@ def _with_local_experts(original: Any) -> Any:
     def apply(self: Any, *args: Any, **kwargs: Any) -> None:
         expert_map = kwargs["expert_map"]
         if expert_map is not None:
+            global has_run_a_part
+            has_run_a_part = has_run_a_part or bool((expert_map < 0).any())
             local_ids = expert_map[kwargs["topk_ids"].long()]  # [num_tokens, top_k], -1: elsewhere
             kwargs["topk_weights"] = kwargs["topk_weights"].masked_fill(local_ids < 0, 0.0)
             kwargs["topk_ids"] = local_ids.clamp(min=0).to(kwargs["topk_ids"].dtype)

@@ -74,7 +74,9 @@ class Runner:
 
     def serve(self, *scenarios: Scenario) -> tuple[Report, ...]:
         """Serve scenarios, each with a new engine."""
-        return self.engines.serve_everywhere(self.name, *scenarios)
+        reports = self.engines.serve_everywhere(self.name, *scenarios)
+        assert all(report.runner == self.name for report in reports)
+        return reports
 
     def pair(self, scenario: Scenario) -> tuple[Report, Report]:
         """Serve a scenario with plain vLLM and with its speculation."""

@@ -39,8 +39,10 @@ def serve(scenario: Scenario) -> Report:
 
 @contextlib.contextmanager
 def engine(scenario: Scenario) -> Iterator[LLM]:
-    """A new engine for a scenario; asynchronous on V2, as on GPUs."""
-    is_async = scenario.is_async or (scenario.speculative and os.environ[_RUNNER] == "1")
+    """A new engine for a scenario."""
+    is_async = scenario.is_async
+    if is_async is None:
+        is_async = scenario.speculative is not None and os.environ[_RUNNER] == "1"
     with _async_scheduling() if is_async else contextlib.nullcontext():
         llm = LLM(
             model=scenario.model,

@@ -26,6 +26,8 @@ class Holdings:
         all_storages: Their storages.
         layer_bytes: The size of the smallest decoder layer, with weights that vLLM has repacked.
         tensor_bytes: The size of all tensors that are alive, each storage counted once.
+        head_bytes: The size of the head.
+        drafter: The class of the drafter; None without speculation.
         drafter_names: Names of the parameters, buffers and modules that the drafter's model
             registers.
         kv_cache_bytes: The size of the KV cache.
@@ -38,6 +40,8 @@ class Holdings:
     all_storages: frozenset[int]
     layer_bytes: int
     tensor_bytes: int
+    head_bytes: int
+    drafter: str | None
     drafter_names: tuple[str, ...]
     kv_cache_bytes: int
     num_blocks: int
@@ -61,6 +65,8 @@ def holdings(scenario: Scenario) -> Holdings:
             all_storages=_storages(parameters),
             layer_bytes=min(num_bytes(layer) for layer in runner.model.model.layers),
             tensor_bytes=_num_bytes(_alive()) - bytes_before,
+            head_bytes=num_bytes(runner.model.lm_head),
+            drafter=type(drafter).__name__ if drafter is not None else None,
             drafter_names=_registered(drafter.model) if drafter is not None else (),
             kv_cache_bytes=_num_bytes(runner.kv_caches),
             num_blocks=core.scheduler.kv_cache_manager.block_pool.num_gpu_blocks,

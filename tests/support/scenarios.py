@@ -52,14 +52,15 @@ class Scenario:
         requests: In the order of their ids.
         speculative: vLLM's `speculative_config`; None for plain vLLM.
         engine: More arguments of vLLM's `LLM`.
-        is_async: Whether to switch asynchronous scheduling on, which vLLM never does on the CPU.
+        is_async: Whether to schedule asynchronously, which vLLM never does on the CPU; if None,
+            drafts do on Model Runner V2, as on GPUs.
     """
 
     model: str
     requests: tuple[Request, ...]
     speculative: Mapping[str, Any] | None = None
     engine: Mapping[str, Any] = field(default_factory=dict)
-    is_async: bool = False
+    is_async: bool | None = None
 
     def plain(self) -> Scenario:
         """The same without speculation, and without what is only understood with it."""

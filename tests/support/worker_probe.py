@@ -46,7 +46,8 @@ class WorkerProbe:
             "exit_layer": drafter.speculative_config.exit_layer,
             "num_speculative_tokens": drafter.speculative_config.num_speculative_tokens,
             "num_attn_layers": len(drafter.model.attn_layer_names),
-            "is_expert_parallel": self.vllm_config.parallel_config.enable_expert_parallel,
+            "runs_part_of_the_experts": _runs_part_of_the_experts(),
+            "num_local_argmax": self.probe_num_local_argmax,
             "variables": {k: v for k, v in os.environ.items() if k.startswith("VLLM_LAYERSKIP_")},
             "ray_node": _ray_node(),
         }
@@ -68,6 +69,18 @@ class WorkerProbe:
 
         drafter.propose = propose_and_record
         self.probe_drafts = drafts
+        self._count_local_argmax(drafter.model)
+
+    def _count_local_argmax(self, model: Any) -> None:
+        self.probe_num_local_argmax = 0
+        get_top_tokens = getattr(model, "get_top_tokens", None)
+
+        def count(hidden_states: Any) -> Any:
+            self.probe_num_local_argmax += 1
+            return get_top_tokens(hidden_states)
+
+        if get_top_tokens is not None:
+            model.get_top_tokens = count
 
     def probe_take_drafts(self) -> list[list[list[int]]]:
         """What was drafted: for each step, for each request, its tokens."""
@@ -102,6 +115,12 @@ class WorkerProbe:
 
 def _drafter(runner: Any) -> Any:
     return getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+
+
+def _runs_part_of_the_experts() -> bool:
+    from tests.support import cpu_experts
+
+    return cpu_experts.has_run_a_part
 
 
 def _ray_node() -> str | None:

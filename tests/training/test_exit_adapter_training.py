@@ -20,7 +20,14 @@ from layerskip_vllm.training.exit_adapter import AdaptedExit, ExitAdapterSetting
 from tests.support.checkpoints import CONFIGS
 from tests.training import test_trainer as trainers
 from tests.training.test_run import small_config
-from tests.training.test_trainer import NUM_LAYERS, SMALL, make_rows, step_logs, weights_equal
+from tests.training.test_trainer import (
+    NUM_LAYERS,
+    SMALL,
+    Steps,
+    make_rows,
+    step_logs,
+    weights_equal,
+)
 
 SETTINGS = ExitAdapterSettings(rank=8, exit_layer=2)
 
@@ -155,8 +162,10 @@ def test_resumed_training_equals_an_uninterrupted_one_to_the_bit(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         killed.train()
     resumed = make_trainer(tmp_path / "resumed", **arguments)
+    resumed.add_callback(steps := Steps())
     resumed.train(resume_from_checkpoint=True)
 
+    assert steps.begun == list(range(5, 14))
     assert step_logs(resumed) == step_logs(whole)
     assert len(step_logs(whole)) == 14
     assert weights_equal(resumed.adapter, whole.adapter)

@@ -28,6 +28,7 @@ from layerskip_vllm.training.run import (
 )
 from layerskip_vllm.training.run_config import RunConfig, list_recipes, load_config
 from layerskip_vllm.training.strict_yaml import make_dataclass
+from layerskip_vllm.training.trainer import LayerSkipTrainer
 
 ROOT = Path(__file__).parents[2]
 # Layers, p_max, S(t), e_scale, curriculum, R, tokens a step, steps, learning rate: the paper's
@@ -48,6 +49,19 @@ PARAMETERS = {"scratch-llama-1.5b": 1.5e9, "scratch-llama2-7b": 6.74e9}
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def micro_batches(monkeypatch):
+    """The step of each micro-batch that this process has really trained on."""
+    steps, training_step = [], LayerSkipTrainer.training_step
+
+    def record(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(LayerSkipTrainer, "training_step", record)
+    return steps
 
 
 def write_corpus(path: Path, columns: tuple[str, ...] = ("text",), num_rows: int = 40) -> Path:
@@ -190,7 +204,7 @@ def test_recipe_makes_a_checkpoint_when_run_in_miniature(tmp_path, checkpoint, n
     assert all(f"loss_exit_{num_layers}" in entry for entry in losses)
 
 
-def test_killed_run_goes_on_as_if_it_had_not_been(tmp_path, checkpoint):
+def test_killed_run_goes_on_as_if_it_had_not_been(tmp_path, checkpoint, micro_batches):
     """The process gets SIGKILL after its first checkpoint; the same command then goes on."""
     training = {"max_steps": 60, "save_steps": 5, "save_total_limit": 2}
     config = small_config(tmp_path, checkpoint, training=training)
@@ -212,6 +226,7 @@ def test_killed_run_goes_on_as_if_it_had_not_been(tmp_path, checkpoint):
     assert not (out / "model.safetensors").exists()
 
     assert main(["train", str(path)]) == 0
+    assert micro_batches == list(range(stopped_after, 60))
     expected = run(whole)
 
     assert len(expected) == 60
@@ -243,7 +258,7 @@ def test_deepspeed_is_refused_when_it_would_not_save_whole_weights():
         check_whole_checkpoint(SimpleNamespace(hf_deepspeed_config=SpreadWeights(False)))
 
 
-def test_stream_goes_on_where_it_was_when_stopped(tmp_path, checkpoint):
+def test_stream_goes_on_where_it_was_when_stopped(tmp_path, checkpoint, micro_batches):
     """A checkpoint of 4 of 10 steps, and one after it that was not written to its end."""
     write_corpus(tmp_path / "other.txt")
     sources = [
@@ -263,14 +278,20 @@ def test_stream_goes_on_where_it_was_when_stopped(tmp_path, checkpoint):
     (whole / "trainer_state.json").unlink()
     assert find_last_checkpoint(whole).name == "checkpoint-4"
 
+    micro_batches.clear()
+
     assert run(config) == expected
     assert len(expected) == 10
+    assert micro_batches == [step for step in range(4, 10) for _ in range(2)]
 
 
-def test_finished_run_trains_no_more_when_run_again(tmp_path, checkpoint):
+def test_finished_run_trains_no_more_when_run_again(tmp_path, checkpoint, micro_batches):
     config = small_config(tmp_path, checkpoint)
+    expected = run(config)
+    micro_batches.clear()
 
-    assert run(config) == run(config)
+    assert run(config) == expected
+    assert micro_batches == []
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,16 @@ def test_evaluation_is_the_plain_models_when_training(tmp_path):
     assert not any("exit" in key for entry in evaluated for key in entry)
 
 
+class Steps(transformers.TrainerCallback):
+    """The steps that a trainer has really done."""
+
+    def __init__(self):
+        self.begun = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begun.append(state.global_step)
+
+
 @pytest.mark.parametrize("curriculum", ["rotational", "gradual"])
 def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, curriculum):
     """The run is stopped in an epoch, in a turn of the curriculum and between two checkpoints."""
@@ -236,8 +246,10 @@ def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, curriculum
     with pytest.raises(KeyboardInterrupt):
         killed.train()
     resumed = make_trainer(tmp_path / "resumed", settings, **arguments)
+    resumed.add_callback(steps := Steps())
     resumed.train(resume_from_checkpoint=True)
 
+    assert steps.begun == list(range(5, 14))
     assert step_logs(resumed) == step_logs(whole)
     assert len(step_logs(whole)) == 14
     assert weights_equal(resumed.model, whole.model)
@@ -360,14 +372,26 @@ def train_on_two_ranks(path: Path) -> None:
         "fsdp": make_trainer(path / "fsdp", EXITS_ALONE, **half, **FSDP, **saved),
         "fsdp dropping": make_trainer(path, often, **single, **FSDP),
     }
-    for trainer in trainers.values():
+    kept_by_step, kept_samples = {}, LayerDropout.kept_samples
+
+    def record(self, layer_idx, batch_size):
+        kept = kept_samples(self, layer_idx, batch_size)
+        kept_by_step[f"{self._step} {layer_idx}"] = kept.tolist()
+        return kept
+
+    for name, trainer in trainers.items():
+        LayerDropout.kept_samples = record if name == "ddp dropping" else kept_samples
         trainer.train()
+    rank = trainers["ddp"].args.process_index
+    (path / f"kept-{rank}.json").write_text(json.dumps(kept_by_step))
     trainers["fsdp"].save_model(str(path / "fsdp" / "saved"))
     resumed = make_trainer(path / "fsdp", EXITS_ALONE, **half, **FSDP, **saved)
+    resumed.add_callback(steps := Steps())
     resumed.train(resume_from_checkpoint=str(path / "fsdp" / "checkpoint-4"))
     trainers["fsdp resumed"] = resumed
     if resumed.is_world_process_zero():
         logs = {name: step_logs(trainer) for name, trainer in trainers.items()}
+        logs["resumed steps"] = steps.begun
         (path / "logs.json").write_text(json.dumps(logs))
 
 
@@ -396,6 +420,12 @@ def test_two_ranks_train_as_one_does_when_the_batch_is_the_same(tmp_path):
     for name in ("ddp", "fsdp", "fsdp resumed"):
         for whole, shared in zip(step_logs(trainer), logs[name], strict=True):
             assert shared == pytest.approx(whole, rel=1e-4)
+    assert logs["resumed steps"] == [4, 5]
+    kept, other = (json.loads((tmp_path / f"kept-{rank}.json").read_text()) for rank in (0, 1))
+    assert kept == other
+    assert len(kept) == 6 * 4  # steps and layers
+    assert [] in kept.values()
+    assert [0] in kept.values()
     assert logs["ddp dropping"][0] == pytest.approx(logs["fsdp dropping"][0], rel=1e-4)
     assert len(logs["ddp dropping"]) == len(logs["fsdp dropping"]) == 6
     saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fsdp/saved")
