@@ -29,7 +29,8 @@ Made by `python -m tests.compatibility` from the tests that are named in it; a t
 two. "tested" means that the test runs real engines on that model runner, in most of them for the
 same tokens as plain vLLM; "refused" that layerskip or vLLM itself refuses it, by an error that
 names it; an empty field that no test says anything. Model Runner V2 is tested on a CPU, under
-Triton's interpreter. Nothing in this table was run on a GPU.
+Triton's interpreter, and drafts with asynchronous scheduling, as on GPUs. Nothing in this table was
+run on a GPU.
 """
 
 _NOTES = """
