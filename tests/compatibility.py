@@ -37,7 +37,8 @@ _NOTES = """
 ## What vLLM itself leaves out
 
 - `logit_bias` and `min_p` are refused with every speculative method.
-- Sleep mode and offloading the KV cache to memory (`OffloadingConnector`) need a GPU.
+- Sleep mode and offloading the KV cache to memory (`OffloadingConnector`) need a GPU. Offloading
+  was run on a stand-in for one (`make check-null-gpu`), sleep mode was not run.
 - On the CPU, requests without an adapter get that of the last LoRA slot once `max_loras` adapters
   are loaded, with speculation or without; leave a slot free (`max_loras` one higher).
 - On the CPU, weights of four bits need bfloat16, where ties make greedy tokens differ between

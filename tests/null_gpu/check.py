@@ -50,6 +50,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str], str]] = {
         {},
         ONE_GRAPH,
     ),
+    "KV offloading": ({"kv_offloading_size": 0.05}, {}, {}, ONE_GRAPH),
     "LoRA": (LORA, {}, {}, ONE_GRAPH),
     "LoRA, graph a step": ({**LORA, "attention_backend": "FLEX_ATTENTION"}, {}, {}, GRAPH_A_STEP),
     "runner V1": ({}, {}, {"VLLM_USE_V2_MODEL_RUNNER": "0"}, "piecewise"),
