@@ -44,8 +44,7 @@ def test_server_answers_alike_when_its_kv_cache_is_full(
         "--requests=300",
     )
     assert report["total"]["answered"] == report["total"]["sent"]
-    assert max(look["kv_cache_usage"] for look in report["looks"]) > 0.9
-    assert num_preempted(report) > 0
+    assert num_preempted(report) > 0  # which vLLM does when there is no block left
 
 
 def test_server_frees_everything_when_all_clients_leave(
