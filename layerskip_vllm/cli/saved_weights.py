@@ -1,7 +1,7 @@
 """The share of a checkpoint's bytes that a draft step reads, without loading a weight.
 
 Called by `layerskip-vllm doctor` and `watch`. The shares mean what `bytes_read.share_of_bytes` says
-of a loaded model: the bytes of the first E layers and those of the head, as parts of both together.
+of a loaded model: the first E layers' bytes and the head's, as parts of all layers and the head.
 """
 
 from __future__ import annotations
