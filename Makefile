@@ -8,8 +8,8 @@ ARGS ?=
 IN_TWO := --numprocesses 2 --dist loadfile
 # What there is beside the backend and the training: vLLM's other features and the commands. And
 # what takes both cores for one test. `.ci/run` tests both after the rest.
-FEATURES := tests/features tests/exits tests/soak tests/watch
-SERVICES := tests/distributed tests/reliability
+FEATURES := tests/engine/features tests/unit/tools
+SERVICES := tests/e2e/distributed tests/e2e/reliability
 
 .PHONY: help setup test test-production lint types format demo check-gpu check-null-gpu clean
 
@@ -47,7 +47,7 @@ format: setup
 	$(PYTHON_IN_VENV) -m ruff format .
 
 demo: setup
-	$(PYTHON_IN_VENV) -m benchmarks.demo $(ARGS)
+	$(PYTHON_IN_VENV) -m benchmarks.serving.demo $(ARGS)
 
 check-gpu: setup
 	benchmarks/check_gpu.sh $(ARGS)

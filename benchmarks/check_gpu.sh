@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 print(f"check-gpu: {torch.cuda.get_device_name()}, torch {torch.__version__}")
 PYTHON
 # Without those that need two ranks, which there are of CPUs alone.
-.venv/bin/python -m pytest --ignore tests/distributed \
-  --ignore tests/reliability/test_dead_processes.py
-.venv/bin/python -m benchmarks.demo --output-dir benchmark-output/gpu \
+.venv/bin/python -m pytest --ignore tests/e2e/distributed \
+  --ignore tests/e2e/reliability/test_dead_processes.py
+.venv/bin/python -m benchmarks.serving.demo --output-dir benchmark-output/gpu \
   ${MODEL:+--model "$MODEL"} "$@"

@@ -12,9 +12,9 @@ from types import ModuleType
 
 import wrapt
 
-from layerskip_vllm import method
-from layerskip_vllm.hook_table import HOOKS, MENDS
-from layerskip_vllm.hooks import check_version, install
+from layerskip_vllm.hooks import method
+from layerskip_vllm.hooks.install import check_version, install
+from layerskip_vllm.hooks.method_hooks import HOOKS, MENDS
 
 SKIP_VERSION_CHECK = "VLLM_LAYERSKIP_SKIP_VERSION_CHECK"
 REGISTRY = "vllm.v1.spec_decode.registry"
@@ -43,7 +43,7 @@ def register() -> None:
 
 def _register_load_format(loaders: ModuleType) -> None:
     """Add `first_layers` to vLLM's load formats, which are open to plugins."""
-    from layerskip_vllm.first_layers import LOAD_FORMAT, FirstLayersLoader
+    from layerskip_vllm.checkpoint.first_layers import LOAD_FORMAT, FirstLayersLoader
 
     if LOAD_FORMAT not in loaders._LOAD_FORMAT_TO_MODEL_LOADER:
         loaders.register_model_loader(LOAD_FORMAT)(FirstLayersLoader)

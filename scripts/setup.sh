@@ -175,6 +175,8 @@ say "installing the plugin and its tools"
 torch_version=$("$VENV/bin/python" -c 'import importlib.metadata as m; print(m.version("torch"))')
 "${pip[@]}" install --constraint scripts/constraints.txt --no-build-isolation \
   --editable '.[bench,train,exits,watch,soak,ray,dev]' "torch==$torch_version"
+# What stands in for GPUs where Ray's executor is tested without any.
+"${pip[@]}" install --no-deps --no-build-isolation --editable tests/support/ray_on_cpu
 "$VENV/bin/python" -c 'import transformers, torch, vllm' ||
   fail "vLLM was installed but cannot be imported; the message above says why."
 printf '%s\n%s\n' "$identity" "$inputs" >"$STAMP"

@@ -23,9 +23,9 @@ from vllm.v1.sample.sampler import _SAMPLING_EPS
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.worker.utils import AttentionGroup
 
+from layerskip_vllm.drafting.log import log_drafting
 from layerskip_vllm.drafting.lora import make_draft_lora
-from layerskip_vllm.drafting.report import log_drafting
-from layerskip_vllm.stages import ExitModel
+from layerskip_vllm.drafting.stages import ExitModel
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch

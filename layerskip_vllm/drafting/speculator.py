@@ -29,9 +29,9 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from layerskip_vllm.drafting.cuda_graphs import DraftCudaGraphs
 from layerskip_vllm.drafting.kernels import advance_draft, prepare_draft
+from layerskip_vllm.drafting.log import log_drafting
 from layerskip_vllm.drafting.lora import DraftLoRA, make_draft_lora
-from layerskip_vllm.drafting.report import log_drafting
-from layerskip_vllm.stages import ExitModel
+from layerskip_vllm.drafting.stages import ExitModel
 
 
 class LayerSkipSpeculator(DraftModelSpeculator):

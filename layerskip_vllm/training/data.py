@@ -14,7 +14,7 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from layerskip_vllm.checks import check_positive_int
+from layerskip_vllm.checkpoint.checks import check_positive_int
 from layerskip_vllm.training.data_sources import DataSource, Rows, load_texts
 from layerskip_vllm.training.early_exit_loss import IGNORED_LABEL
 

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from layerskip_vllm.checks import check_positive_int
-from layerskip_vllm.draft_settings import default_settings
-from layerskip_vllm.exit_adapter import (
+from layerskip_vllm.checkpoint.checks import check_positive_int
+from layerskip_vllm.checkpoint.entry import default_settings
+from layerskip_vllm.checkpoint.exit_adapter import (
     ExitAdapter,
     ExitAdapterConfig,
     load_exit_adapter,

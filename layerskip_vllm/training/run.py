@@ -21,8 +21,8 @@ from transformers import (
     set_seed,
 )
 
-from layerskip_vllm.draft_settings import CONFIG_KEY
-from layerskip_vllm.exit_adapter import WEIGHTS_FILE
+from layerskip_vllm.checkpoint.entry import CONFIG_KEY
+from layerskip_vllm.checkpoint.exit_adapter import WEIGHTS_FILE
 from layerskip_vllm.training.data import collate, load_rows
 from layerskip_vllm.training.exit_adapter import ExitAdapterSettings, ExitAdapterTrainer
 from layerskip_vllm.training.run_config import ModelConfig, RunConfig

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from layerskip_vllm.checks import check_positive_int
+from layerskip_vllm.checkpoint.checks import check_positive_int
 from layerskip_vllm.training.data import DataConfig
 from layerskip_vllm.training.exit_adapter import ExitAdapterSettings
 from layerskip_vllm.training.settings import LayerSkipSettings

@@ -6,8 +6,8 @@ The YAML's `layerskip` section becomes one; `LayerSkipTrainer` takes one.
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from layerskip_vllm.checks import check_positive_int
-from layerskip_vllm.draft_settings import default_settings
+from layerskip_vllm.checkpoint.checks import check_positive_int
+from layerskip_vllm.checkpoint.entry import default_settings
 from layerskip_vllm.training.decoder import DecoderParts
 from layerskip_vllm.training.early_exit_loss import (
     EarlyExitLoss,

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from layerskip_vllm.draft_settings import CONFIG_KEY
+from layerskip_vllm.checkpoint.entry import CONFIG_KEY
 from layerskip_vllm.training.layer_skip import LayerSkip
 from layerskip_vllm.training.settings import LayerSkipSettings
 

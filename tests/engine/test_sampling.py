@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from layerskip_vllm.verification.statistics import compare
+from layerskip_vllm.tools.verify.statistics import compare
 from tests.support.checks import assert_some_accepted_some_refused
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from layerskip_vllm.bytes_read import share_of_bytes
+from layerskip_vllm.drafting.bytes_read import share_of_bytes
 from tests.support.jobs import engine
 from tests.support.scenarios import Scenario
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from layerskip_vllm.exit_adapter import ExitAdapter, ExitAdapterConfig, save_exit_adapter
+from layerskip_vllm.checkpoint.exit_adapter import ExitAdapter, ExitAdapterConfig, save_exit_adapter
 from tests.support.checkpoints import NUM_LAYERS
 
 

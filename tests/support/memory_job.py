@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensor
 
-from layerskip_vllm.bytes_read import num_bytes
+from layerskip_vllm.drafting.bytes_read import num_bytes
 from tests.support.jobs import engine
 from tests.support.scenarios import Scenario
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from unittest import mock
 
-from layerskip_vllm.verification.engine_run import accept_all
+from layerskip_vllm.tools.verify.engine_run import accept_all
 from tests.support.jobs import serve
 from tests.support.scenarios import Report, Scenario
 

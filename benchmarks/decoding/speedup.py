@@ -1,0 +1,207 @@
+"""Measures what layer-skip drafting gains, side by side with vLLM's other ways of decoding.
+
+Every system is an engine in a process of its own. All are loaded first and then take turns, one
+round each, so that the machine's moods hit all of them alike.
+Prefill is left out: a round counts the tokens after the first, from the first token to the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.decoding.engines import Engine, Measurement, run_engines
+from benchmarks.decoding.speedup_report import (
+    BYTES_PER_WEIGHT,
+    describe_run,
+    make_table,
+    write_json,
+)
+from benchmarks.decoding.speedup_summary import find_missed_bars, summarize
+from benchmarks.decoding.synthetic_checkpoint import (
+    DEFAULT_FOLDER,
+    MAX_POSITIONS,
+    PRESETS,
+    SyntheticCheckpoint,
+    SyntheticSpec,
+    make_prompts,
+    read_checkpoint,
+)
+from benchmarks.decoding.weight_counts import count_weights
+from benchmarks.hardware import list_gpu_names
+
+SYSTEMS = ("plain", "layerskip", "draft_model", "ngram")
+LOG_FOLDER = Path("benchmark-output/logs")
+NUM_WARM_UP_TOKENS = 24
+MARGIN_TOKENS = 64  # room for drafts past the end of a text
+_LEAST = {"repeats": 1, "num_prompt_tokens": 1, "max_tokens": 2, "num_speculative_tokens": 1}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, prints the table and returns the exit status."""
+    options = parse_options(arguments)
+    if not list_gpu_names():
+        # vLLM would leave one thread to an engine in its caller's process. Set before any starts.
+        os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    spec, checkpoint = prepare_checkpoint(options)
+    counts = count_weights(json.loads((checkpoint.folder / "config.json").read_text()))
+    engine_args = {
+        system: make_engine_args(system, options, checkpoint) for system in options.systems
+    }
+    with run_engines(engine_args, LOG_FOLDER) as engines:
+        results = measure(engines, options, spec.vocab_size)
+        facts = {engine.system: engine.facts for engine in engines}
+    summaries = summarize(results, counts, options)
+    notes = describe_run(checkpoint, counts, facts, summaries, options)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    for note in notes:
+        console.print(note, soft_wrap=True)
+    console.print(make_table(summaries, facts, counts, options))
+    if options.output:
+        write_json(options.output, notes, facts, results, summaries)
+    missed = find_missed_bars(summaries) if options.check else []
+    for words in missed:
+        console.print(f"missed at batch 1: {words}", style="red")
+    return 1 if missed else 0
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads and checks the command line.
+
+    Args:
+        arguments: The words after the command; the process's own when None.
+
+    Returns:
+        The options, with the defaults that hang on the machine filled in.
+
+    Raises:
+        ValueError: If a number is out of range. The message names the field and its value.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.decoding.speedup", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--preset", choices=sorted(PRESETS), help="default: cpu-0.6b, on a GPU gpu-1b"
+    )
+    parser.add_argument("--exit-layer", type=int, help="E (default: a quarter of the layers)")
+    parser.add_argument("--num-speculative-tokens", type=int, default=4, metavar="K")
+    parser.add_argument("--acceptance", type=float, default=0.72, help="of the checkpoint to make")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of each system")
+    parser.add_argument("--num-prompt-tokens", type=int, default=16)
+    parser.add_argument("--max-tokens", type=int, default=128, help="tokens a text")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--dtype", choices=sorted(BYTES_PER_WEIGHT), default="bfloat16")
+    parser.add_argument(
+        "--enforce-eager", action="store_true", help="no torch.compile, no CUDA graphs"
+    )
+    parser.add_argument("--engine-process", action="store_true", help="as `LLM` runs by default")
+    parser.add_argument("--kv-cache-gib", type=float, default=0.5, help="for each engine")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoints", type=Path, default=DEFAULT_FOLDER)
+    parser.add_argument("--output", type=Path, help="JSON file for all figures")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a bar is missed at batch 1")
+    options = parser.parse_args(arguments)
+    options.preset = options.preset or ("gpu-1b" if list_gpu_names() else "cpu-0.6b")
+    if options.exit_layer is None:
+        options.exit_layer = PRESETS[options.preset].exit_layer
+    for name, least in _LEAST.items():
+        if getattr(options, name) < least:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is {getattr(options, name)}; it must be at least {least}.")
+    if min(options.batch_sizes) < 1:
+        raise ValueError(f"--batch-sizes has {min(options.batch_sizes)}; all must be at least 1.")
+    if options.num_prompt_tokens + options.max_tokens + MARGIN_TOKENS > MAX_POSITIONS:
+        raise ValueError(
+            f"--num-prompt-tokens and --max-tokens are {options.num_prompt_tokens} and "
+            f"{options.max_tokens}; together they must be at most {MAX_POSITIONS - MARGIN_TOKENS}."
+        )
+    is_enough = {"plain", "layerskip", "draft_model"} <= set(options.systems)
+    if options.check and not (is_enough and 1 in options.batch_sizes):
+        raise ValueError(
+            "--check needs batch size 1 and the systems plain, layerskip, draft_model."
+        )
+    return options
+
+
+def prepare_checkpoint(options: argparse.Namespace) -> tuple[SyntheticSpec, SyntheticCheckpoint]:
+    """Makes the checkpoint in a process of its own, so that no engine shares its memory."""
+    spec = dataclasses.replace(
+        PRESETS[options.preset],
+        exit_layer=options.exit_layer,
+        num_speculative_tokens=options.num_speculative_tokens,
+        acceptance=options.acceptance,
+        seed=options.seed,
+    )
+    command = [sys.executable, "-m", "benchmarks.decoding.synthetic_checkpoint"]
+    for name in ("preset", "exit_layer", "num_speculative_tokens", "acceptance", "seed"):
+        command += ["--" + name.replace("_", "-"), str(getattr(options, name))]
+    command += ["--folder", str(options.checkpoints)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return spec, read_checkpoint(options.checkpoints / spec.name())
+
+
+def make_engine_args(
+    system: str, options: argparse.Namespace, checkpoint: SyntheticCheckpoint
+) -> dict[str, Any]:
+    """Returns what `LLM` gets: the same for all systems but for the speculative configuration."""
+    num_tokens = {"num_speculative_tokens": options.num_speculative_tokens}
+    speculative_config: dict[str, Any] | None = {
+        "plain": None,
+        "layerskip": {"method": "layerskip", "exit_layer": options.exit_layer, **num_tokens},
+        "draft_model": {
+            "method": "draft_model",
+            "model": str(checkpoint.draft_folder.resolve()),
+            **num_tokens,
+        },
+        "ngram": {"method": "ngram", "prompt_lookup_max": 4, **num_tokens},
+    }[system]
+    return {
+        "model": str(checkpoint.folder.resolve()),
+        "skip_tokenizer_init": True,
+        "dtype": options.dtype,
+        "max_model_len": options.num_prompt_tokens + options.max_tokens + MARGIN_TOKENS,
+        "max_num_seqs": max(options.batch_sizes),
+        "kv_cache_memory_bytes": int(options.kv_cache_gib * 2**30),
+        # With the bytes given, no more than what a GPU must have free when the engine starts.
+        "gpu_memory_utilization": 0.9 / len(options.systems),
+        "enforce_eager": options.enforce_eager,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+        "speculative_config": speculative_config,
+        "is_engine_process": options.engine_process,
+    }
+
+
+def measure(
+    engines: Sequence[Engine], options: argparse.Namespace, vocab_size: int
+) -> dict[int, dict[str, list[Measurement]]]:
+    """Runs all rounds, the engines in turn, and returns them by batch size and system."""
+    num_prompts = max(options.batch_sizes) * (options.repeats + 1)
+    prompts = make_prompts(vocab_size, num_prompts, options.num_prompt_tokens, options.seed + 1)
+    results: dict[int, dict[str, list[Measurement]]] = {
+        batch: {engine.system: [] for engine in engines} for batch in options.batch_sizes
+    }
+    for batch_size, by_system in results.items():
+        for engine in engines:
+            engine.run_round(prompts[-batch_size:], NUM_WARM_UP_TOKENS, options.temperature)
+        for repeat in range(options.repeats):
+            batch = prompts[repeat * batch_size : (repeat + 1) * batch_size]
+            for engine in engines:
+                measurement = engine.run_round(batch, options.max_tokens, options.temperature)
+                by_system[engine.system].append(measurement)
+    return results
+
+
+if __name__ == "__main__":
+    sys.exit(main())

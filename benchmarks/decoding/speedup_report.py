@@ -1,0 +1,134 @@
+"""The table and the JSON of `benchmarks.decoding.speedup`, and the lines above the table."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.table import Table
+
+from benchmarks.decoding.engines import Facts, Measurement
+from benchmarks.decoding.speedup_summary import Summary
+from benchmarks.decoding.synthetic_checkpoint import SyntheticCheckpoint
+from benchmarks.decoding.weight_counts import WeightCounts
+from benchmarks.hardware import describe_hardware
+
+BYTES_PER_WEIGHT = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def make_table(
+    summaries: Sequence[Summary],
+    engines: Mapping[str, Facts],
+    counts: WeightCounts,
+    options: argparse.Namespace,
+) -> Table:
+    """Returns the table that is printed."""
+    headings = (
+        "batch",
+        "system",
+        "tokens/s",
+        "(range)",
+        "first token",
+        "vs plain",
+        "accepted",
+        "bound",
+        "of bound",
+        "same as plain",
+        "weights",
+        "peak memory",
+        "KV tokens",
+    )
+    table = Table(*headings[:2], title="Decoding speed")
+    for heading in headings[2:]:
+        table.add_column(heading, justify="right")
+    bytes_per_weight = BYTES_PER_WEIGHT[options.dtype]
+    draft_weights = counts.read_by_draft(options.exit_layer) + counts.embedding
+    for line in summaries:
+        weights = counts.total + (draft_weights if line.system == "draft_model" else 0)
+        facts = engines[line.system]
+        accepted = _show(line.acceptance, ".0%")
+        if line.accepted is not None:
+            accepted += f" ({line.accepted:.2f}/{options.num_speculative_tokens})"
+        table.add_row(
+            str(line.batch_size),
+            line.system,
+            f"{line.tokens_per_s:.1f}",
+            f"{line.slowest:.1f}-{line.fastest:.1f}",
+            f"{line.prefill_s * 1e3:.0f} ms",
+            _show(line.speedup, ".2f"),
+            accepted,
+            _show(line.bound, ".2f"),
+            _show(line.share_of_bound, ".0%"),
+            f"{_show(line.same_texts, '.0%')} ({_show(line.same_tokens, '.0%')})",
+            f"{weights * bytes_per_weight / 2**30:.2f} GiB",
+            f"{facts.peak_memory_bytes / 2**30:.2f} GiB",
+            f"{facts.num_kv_tokens:,}",
+            end_section=line.system == options.systems[-1],
+        )
+    return table
+
+
+def _show(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def describe_run(
+    checkpoint: SyntheticCheckpoint,
+    counts: WeightCounts,
+    engines: Mapping[str, Facts],
+    summaries: Sequence[Summary],
+    options: argparse.Namespace,
+) -> list[str]:
+    """Returns the lines above the table: machine, versions, model and what the bound is."""
+    facts = next(iter(engines.values()))
+    size = BYTES_PER_WEIGHT[options.dtype]
+    prefix = options.exit_layer * counts.layer / counts.whole
+    head = counts.head / counts.whole
+    num_tokens = options.num_speculative_tokens
+    lines = [
+        f"{describe_hardware()}; {facts.num_threads} threads; vLLM {version('vllm')}, "
+        f"PyTorch {version('torch')}; {facts.mode}, "
+        + ("vLLM's engine process" if options.engine_process else "engine in its caller's process"),
+        f"{options.preset}: {counts.total / 1e9:.2f} B weights, {options.dtype}; E = "
+        f"{options.exit_layer} of {counts.num_layers} layers, K = {num_tokens}; late layers scaled "
+        f"by {checkpoint.late_scale}; {checkpoint.distinct_ngrams:.0%} of a text's 4-grams differ",
+        f"{options.repeats} rounds of {options.max_tokens} tokens after "
+        f"{options.num_prompt_tokens} prompt tokens, systems in turn; "
+        f"temperature {options.temperature:g}; prefill not counted",
+        f"bound = (accepted + 1) / (K * (prefix + head) + whole) = (accepted + 1) / "
+        f"({num_tokens} * ({prefix:.4f} + {head:.4f}) + 1), bytes read in shares of the whole",
+    ]
+    for line in summaries:
+        if line.system == "plain" and line.batch_size == 1:
+            rate = line.tokens_per_s * counts.whole * size / 1e9
+            lines.append(f"plain at batch 1 reads {rate:.1f} GB/s of weights")
+    return lines
+
+
+def write_json(
+    path: Path,
+    notes: Sequence[str],
+    engines: Mapping[str, Facts],
+    results: Mapping[int, Mapping[str, Sequence[Measurement]]],
+    summaries: Sequence[Summary],
+) -> None:
+    """Writes the conditions, the lines of the table and every round, without its tokens."""
+    rounds = [
+        {"batch_size": batch_size, "system": system, "repeat": repeat}
+        | {name: value for name, value in vars(each).items() if name != "tokens"}
+        for batch_size, by_system in results.items()
+        for system, measurements in by_system.items()
+        for repeat, each in enumerate(measurements)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "conditions": notes,
+        "engines": {system: dataclasses.asdict(facts) for system, facts in engines.items()},
+        "summary": [dataclasses.asdict(line) for line in summaries],
+        "rounds": rounds,
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,148 @@
+"""What the rounds of `benchmarks.decoding.speedup` add up to: medians, ratios, bounds and bars."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.decoding.engines import Measurement
+from benchmarks.decoding.weight_counts import WeightCounts
+from layerskip_vllm.tools.speedup_bound import bound_speedup
+
+MIN_SHARE_OF_BOUND = 0.85
+MIN_SPEEDUP = 1.5
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One line of the table: a system at a batch size, over all rounds.
+
+    Attributes:
+        batch_size: Requests decoded at once.
+        system: What decoded.
+        tokens_per_s: Median over the rounds.
+        slowest: Tokens a second of the slowest round.
+        fastest: And of the fastest.
+        speedup: Median of the ratios to plain's round of the same turn.
+        acceptance: Accepted by drafted tokens.
+        accepted: Drafts accepted in a draft-and-verify round, on average.
+        bound: What the weights read allow, in times plain (for drafts from the first E layers).
+        share_of_bound: Speedup by bound.
+        same_texts: Share of texts equal to plain's.
+        same_tokens: Share of tokens before the first that is not plain's.
+        prefill_s: Median time to the first token.
+    """
+
+    batch_size: int
+    system: str
+    tokens_per_s: float
+    slowest: float
+    fastest: float
+    speedup: float | None
+    acceptance: float | None
+    accepted: float | None
+    bound: float | None
+    share_of_bound: float | None
+    same_texts: float | None
+    same_tokens: float | None
+    prefill_s: float
+
+
+def summarize(
+    results: Mapping[int, Mapping[str, Sequence[Measurement]]],
+    counts: WeightCounts,
+    options: argparse.Namespace,
+) -> list[Summary]:
+    """Returns the table's lines: medians, and ratios of rounds of the same turn."""
+    return [
+        _summarize_system(batch_size, system, rounds, by_system.get("plain"), counts, options)
+        for batch_size, by_system in results.items()
+        for system, rounds in by_system.items()
+    ]
+
+
+def _summarize_system(
+    batch_size: int,
+    system: str,
+    rounds: Sequence[Measurement],
+    plain: Sequence[Measurement] | None,
+    counts: WeightCounts,
+    options: argparse.Namespace,
+) -> Summary:
+    rates = [each.tokens_per_s for each in rounds]
+    speedup = bound = acceptance = accepted = None
+    if plain:
+        ratios = [ours / theirs.tokens_per_s for ours, theirs in zip(rates, plain, strict=True)]
+        speedup = statistics.median(ratios)
+    if num_rounds := sum(each.num_rounds for each in rounds):
+        num_accepted = sum(each.num_accepted for each in rounds)
+        acceptance = num_accepted / sum(each.num_drafted for each in rounds)
+        accepted = num_accepted / num_rounds
+        if system in ("layerskip", "draft_model"):
+            draft_share = counts.draft_share(options.exit_layer)
+            bound = bound_speedup(draft_share, options.num_speculative_tokens, accepted)
+    same_texts, same_tokens = compare_texts(rounds, plain) if plain else (None, None)
+    return Summary(
+        batch_size=batch_size,
+        system=system,
+        tokens_per_s=statistics.median(rates),
+        slowest=min(rates),
+        fastest=max(rates),
+        speedup=speedup,
+        acceptance=acceptance,
+        accepted=accepted,
+        bound=bound,
+        share_of_bound=speedup / bound if speedup and bound else None,
+        same_texts=same_texts,
+        same_tokens=same_tokens,
+        prefill_s=statistics.median(each.prefill_s for each in rounds),
+    )
+
+
+def compare_texts(
+    rounds: Sequence[Measurement], plain: Sequence[Measurement]
+) -> tuple[float, float]:
+    """Returns the share of texts equal to plain's, and of tokens before the first difference."""
+    num_texts = num_equal = num_tokens = num_same = 0
+    for ours, theirs in zip(rounds, plain, strict=True):
+        for text, reference in zip(ours.tokens, theirs.tokens, strict=True):
+            differences = (i for i, token in enumerate(reference) if text[i] != token)
+            first = next(differences, len(reference))
+            num_texts, num_equal = num_texts + 1, num_equal + (first == len(reference))
+            num_tokens, num_same = num_tokens + len(reference), num_same + first
+    return num_equal / num_texts, num_same / num_tokens
+
+
+def find_missed_bars(summaries: Sequence[Summary]) -> list[str]:
+    """Returns in words what layerskip misses at batch 1; nothing if it meets every bar.
+
+    Args:
+        summaries: All lines of the table.
+
+    Returns:
+        A sentence a bar.
+
+    Raises:
+        ValueError: If a system that the bars speak of was not measured at batch 1.
+    """
+    measured = {line.system: line for line in summaries if line.batch_size == 1}
+    if missing := {"plain", "layerskip", "draft_model"} - measured.keys():
+        raise ValueError(
+            f"--check compares plain, layerskip and draft_model at batch 1, but "
+            f"{', '.join(sorted(missing))} was not measured there; leave --systems and "
+            "--batch-sizes at their defaults."
+        )
+    ours, draft_model = measured["layerskip"], measured["draft_model"]
+    missed = []
+    if (ours.share_of_bound or 0.0) < MIN_SHARE_OF_BOUND:
+        missed.append(f"{ours.share_of_bound or 0.0:.2f} of the bound; bar {MIN_SHARE_OF_BOUND}")
+    if (ours.speedup or 0.0) < MIN_SPEEDUP:
+        missed.append(f"{ours.speedup or 0.0:.2f} times plain vLLM; bar {MIN_SPEEDUP}")
+    if ours.tokens_per_s <= draft_model.tokens_per_s:
+        missed.append(
+            f"{ours.tokens_per_s:.1f} tokens/s, not faster than draft_model with "
+            f"{draft_model.tokens_per_s:.1f}"
+        )
+    return missed

@@ -1,0 +1,1 @@
+"""Benchmarks of `vllm serve`, the demo among them."""

@@ -1,0 +1,1 @@
+"""How the embedded checkpoint `checkpoints/stdlib-24l` is made."""

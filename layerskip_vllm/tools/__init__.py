@@ -1,0 +1,1 @@
+"""What an operator runs: the commands of `layerskip-vllm`."""

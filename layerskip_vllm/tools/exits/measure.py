@@ -1,0 +1,197 @@
+"""Loads a model and measures all of its exits; called by `layerskip-vllm exits`, no vLLM in it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from layerskip_vllm.tools.exits.config import ExitsConfig
+from layerskip_vllm.tools.exits.report import Draft, Exit, ExitReport
+from layerskip_vllm.tools.speedup_bound import bound_speedup
+from layerskip_vllm.tools.text import HeldOutText
+from layerskip_vllm.training.decoder import find_decoder_parts
+from layerskip_vllm.training.exit_evaluation import (
+    exit_matches,
+    measure_held_out,
+    simulate_acceptance,
+)
+
+
+def load_model(model: str, device: str | None, dtype: str) -> tuple[Any, Any]:
+    """Loads a Hugging Face model and its tokenizer.
+
+    Args:
+        model: A folder or a name.
+        device: Where to, such as `cpu` or `cuda:1`; by default a GPU if there is one.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own.
+
+    Returns:
+        The model, in eval mode, and its tokenizer.
+
+    Raises:
+        ValueError: If there is no such device, or transformers cannot load a causal language model
+            and a tokenizer from there.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # how torch refuses unknown and missing ones
+        raise ValueError(
+            f"device is {device!r}, which this machine or its torch does not have: {error}"
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"MODEL is {model!r}, from which transformers cannot load a causal language model and "
+            f"a tokenizer: {error}"
+        ) from error
+    return loaded.to(device).eval(), tokenizer
+
+
+def measure_exits(
+    model: Any,
+    text: HeldOutText,
+    eos_token_ids: Collection[int],
+    config: ExitsConfig,
+    setting: Mapping[str, Any],
+    track: Callable[[str, int], Callable[[int], None]] = lambda _what, _total: lambda _num: None,
+) -> ExitReport:
+    """Measures all exits of a model.
+
+    Args:
+        model: A Hugging Face causal language model.
+        text: What it has not seen.
+        eos_token_ids: The tokens that end a text.
+        config: How much is measured.
+        setting: What the report is to say of the run.
+        track: Called with the name of a piece of work and the number of its steps; gives a
+            function to call with the number of steps whenever some are done.
+
+    Returns:
+        The exits, first layer to last.
+
+    Raises:
+        ValueError: If the model or the text does not fit.
+    """
+    draft_shares = read_draft_shares(model)
+    num_layers = len(draft_shares) - 1
+    if num_layers < 2:
+        raise ValueError("model has 1 layer; it must have at least 2 to exit before the last.")
+    config.check_context(getattr(model.config, "max_position_embeddings", None))
+    sequences = text.cut_sequences(config.seq_len, config.max_held_out_tokens)
+    prompts = text.cut_prompts(config.num_prompts, config.num_prompt_tokens)
+    on_sequences = track("held-out text", len(sequences))
+    on_prompts = track("completions", len(prompts))
+    held_out = measure_held_out(model, sequences, config.batch_size, on_sequences)
+    matches = exit_matches(
+        model, prompts, config.max_tokens, eos_token_ids, config.batch_size, on_prompts
+    )
+    if all(rows.shape[1] < 2 for rows in matches):
+        raise ValueError("data has prompts that the model ends at once, all of them; give others.")
+    drafts = [
+        play_drafts(
+            exit_layer,
+            [rows[exit_layer - 1] for rows in matches],
+            draft_shares[exit_layer],
+            config.max_num_speculative_tokens,
+        )
+        for exit_layer in range(1, num_layers)
+    ]
+    exits = zip(
+        range(1, num_layers + 1),
+        held_out.losses,
+        held_out.agreements,
+        draft_shares[1:],
+        [*drafts, ()],  # the last layer is the model
+        strict=True,
+    )
+    return ExitReport(
+        model=model.name_or_path,
+        setting=setting,
+        num_held_out_tokens=held_out.num_tokens,
+        num_completion_tokens=sum(rows.shape[1] for rows in matches),
+        head_share=draft_shares[0],
+        exits=tuple(Exit(*fields) for fields in exits),
+    )
+
+
+def play_drafts(
+    exit_layer: int,
+    matches: Sequence[torch.Tensor],
+    draft_share: float,
+    max_num_speculative_tokens: int,
+) -> tuple[Draft, ...]:
+    """Plays self-speculative decoding from one exit for every K.
+
+    Args:
+        exit_layer: E.
+        matches: For each prompt `[num_new_tokens] bool`, whether the exit would have drafted the
+            token.
+        draft_share: What a draft step reads, as a share of a step of the whole model.
+        max_num_speculative_tokens: K goes from 1 to this.
+
+    Returns:
+        What became of the drafts, by K from 1 up.
+    """
+    drafts = []
+    for num in range(1, max_num_speculative_tokens + 1):
+        acceptance = simulate_acceptance(matches, num)
+        accepted = min(num * acceptance.rate, num)  # rounding may leave it a little above K
+        speedup = bound_speedup(draft_share, num, accepted)
+        drafts.append(Draft(exit_layer, num, acceptance, speedup))
+    return tuple(drafts)
+
+
+def read_draft_shares(model: nn.Module) -> list[float]:
+    """Adds up the weights that a draft step reads.
+
+    Of an embedding a step reads single rows, and of the final norm next to nothing: neither counts,
+    but an embedding that is the head does. All experts of a mixture count.
+
+    Args:
+        model: A Hugging Face causal language model.
+
+    Returns:
+        For E from 0, the head alone, to L, which is 1: the bytes of the first E layers and the
+        head, as a share of those of all layers and the head.
+    """
+    parts = find_decoder_parts(model)
+    reads = [_num_bytes(parts.head)]
+    for layer in parts.layers:
+        reads.append(reads[-1] + _num_bytes(layer))
+    return [read / reads[-1] for read in reads]
+
+
+def _num_bytes(module: nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in module.parameters())
+
+
+def find_eos_token_ids(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end a text, by the model's generation config and by the tokenizer."""
+    given = model.generation_config.eos_token_id
+    eos_token_ids = {*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id}
+    return eos_token_ids - {None}
+
+
+def describe_setting(model: Any, data: Sequence[str], config: ExitsConfig) -> dict[str, Any]:
+    """What a report says of a run."""
+    packages = ("layerskip-vllm", "torch", "transformers")
+    return {
+        "data": list(data),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(model.device)
+        if model.device.type == "cuda"
+        else str(model.device),
+        **asdict(config),
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in packages},
+    }

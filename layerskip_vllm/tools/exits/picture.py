@@ -1,0 +1,189 @@
+"""Draws all exits as one PNG: where to exit, why, and what the exits cost in loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from layerskip_vllm.tools.exits.report import ExitReport
+
+_INK = "#1f2933"
+_MUTED = "#7b8794"
+_PLAIN = "#b8c1cc"
+_LAYERSKIP = "#0f766e"
+_TRACK = "#eef1f4"
+_WRONG = "#b42318"
+_LEFT = 0.06
+# Slower than plain decoding is grey, as fast is white, faster is green.
+_SPEEDUP_COLORS = LinearSegmentedColormap.from_list("speedup", ["#9aa5b1", "#ffffff", _LAYERSKIP])
+
+
+def draw_exits(path: Path, report: ExitReport) -> None:
+    """Writes the picture.
+
+    Args:
+        path: File to write, ending in `.png`.
+        report: Every exit.
+    """
+    make_figure(report).savefig(path)
+
+
+def make_figure(report: ExitReport) -> Figure:
+    """Returns the picture: speed-up by E and K, agreement and loss by E, one above the other."""
+    figure = Figure(figsize=(12, 10), dpi=150, facecolor="white")
+    speedup, agreement, loss = figure.subplots(
+        3, 1, sharex=True, gridspec_kw={"height_ratios": [1.5, 1, 1]}
+    )
+    figure.subplots_adjust(left=_LEFT, right=0.97, top=0.82, bottom=0.115, hspace=0.5)
+    _draw_speedups(speedup, report)
+    _draw_agreements(agreement, report)
+    _draw_losses(loss, report)
+    for axes in (agreement, loss):
+        _mark_exit(axes, report)
+    loss.set_xlabel("exit after layer", color=_MUTED, fontsize=10)
+    loss.set_xlim(0.5, len(report.exits) + 0.5)
+    loss.xaxis.set_major_locator(MaxNLocator(nbins=26, integer=True, min_n_ticks=1))
+    _write_headline(figure, report)
+    figure.text(_LEFT, 0.03, report.describe_run(), color=_MUTED, fontsize=9.5)
+    return figure
+
+
+def _write_headline(figure: Figure, report: ExitReport) -> None:
+    figure.text(
+        _LEFT, 0.945, report.describe(), fontsize=18, fontweight="bold", color=_INK, va="center"
+    )
+    best = report.best
+    share = report.exits[best.exit_layer - 1].draft_share
+    figure.text(
+        _LEFT,
+        0.905,
+        f"{best.acceptance.rate:.0%} of the drafts accepted; a draft step reads {share:.0%} of the "
+        f"bytes that a whole step reads, the head alone {report.head_share:.0%}",
+        fontsize=12.5,
+        color=_LAYERSKIP if report.pays else _WRONG,
+        va="center",
+    )
+
+
+def _draw_speedups(axes: Axes, report: ExitReport) -> None:
+    rows = list(zip(*(exit_.drafts for exit_ in report.exits[:-1]), strict=True))
+    speedups = [[draft.speedup for draft in row] for row in rows]
+    highest = max(max(row) for row in speedups)
+    lowest = min(min(row) for row in speedups)
+    axes.imshow(
+        speedups,
+        cmap=_SPEEDUP_COLORS,
+        norm=TwoSlopeNorm(1, vmin=min(lowest, 0.99), vmax=max(highest, 1.01)),
+        extent=(0.5, len(report.exits) - 0.5, len(rows) + 0.5, 0.5),
+        aspect="auto",
+    )
+    axes.invert_yaxis()
+    if len(report.exits) <= 40 and len(rows) <= 12:
+        _write_speedups(axes, report)
+    best = report.best
+    axes.add_patch(
+        Rectangle(
+            (best.exit_layer - 0.5, best.num_speculative_tokens - 0.5),
+            1,
+            1,
+            fill=False,
+            edgecolor=_INK,
+            linewidth=2.5,
+            zorder=3,
+            clip_on=False,
+        )
+    )
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
+    axes.set_ylabel("tokens in a draft", color=_MUTED, fontsize=10)
+    _style(axes, "Speed-up, at best", "times plain decoding, if reading weights were all its cost")
+
+
+def _write_speedups(axes: Axes, report: ExitReport) -> None:
+    size = 8.5 if len(report.exits) <= 28 else 6.5
+    highest = max(report.best.speedup, 1.01)
+    for exit_ in report.exits[:-1]:
+        for draft in exit_.drafts:
+            is_dark = draft.speedup > 1 + 0.6 * (highest - 1)
+            axes.text(
+                draft.exit_layer,
+                draft.num_speculative_tokens,
+                f"{draft.speedup:.2f}",
+                ha="center",
+                va="center",
+                fontsize=size,
+                fontweight="bold" if draft == report.best else "normal",
+                color="white" if is_dark else _INK,
+            )
+
+
+def _draw_agreements(axes: Axes, report: ExitReport) -> None:
+    layers = [exit_.exit_layer for exit_ in report.exits]
+    agreements = [exit_.agreement for exit_ in report.exits]
+    num = report.best.num_speculative_tokens
+    rates = [exit_.drafts[num - 1].acceptance.rate for exit_ in report.exits[:-1]]
+    axes.plot(layers, agreements, color=_PLAIN, linewidth=2.5, marker="o", markersize=4)
+    axes.plot(layers[:-1], rates, color=_LAYERSKIP, linewidth=2.5, marker="o", markersize=4)
+    exit_layer = report.best.exit_layer
+    _write_value(axes, exit_layer, agreements[exit_layer - 1], "{:.0%}", above=True)
+    _write_value(axes, exit_layer, rates[exit_layer - 1], "{:.0%}", above=False)
+    axes.set_ylim(-0.05, 1.05)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    _style(
+        axes,
+        "Agreement with the last layer",
+        f"green: greedy drafts of {num} accepted; grey: the same token on held-out text",
+    )
+    axes.grid(axis="y", color=_TRACK)
+
+
+def _draw_losses(axes: Axes, report: ExitReport) -> None:
+    losses = [exit_.loss for exit_ in report.exits]
+    axes.axhline(losses[-1], color=_PLAIN, linewidth=1.5, linestyle=(0, (4, 3)))
+    axes.plot(
+        [exit_.exit_layer for exit_ in report.exits],
+        losses,
+        color=_LAYERSKIP,
+        linewidth=2.5,
+        marker="o",
+        markersize=4,
+    )
+    exit_layer = report.best.exit_layer
+    _write_value(axes, exit_layer, losses[exit_layer - 1], "{:.3f}", above=True)
+    _style(axes, "Held-out loss", f"nats per token; the whole model's is {losses[-1]:.3f}")
+    axes.grid(axis="y", color=_TRACK)
+
+
+def _write_value(axes: Axes, exit_layer: int, value: float, form: str, above: bool) -> None:
+    axes.annotate(
+        form.format(value),
+        (exit_layer, value),
+        (0, 8 if above else -8),
+        textcoords="offset points",
+        ha="center",
+        va="bottom" if above else "top",
+        fontsize=10,
+        fontweight="bold",
+        color=_INK,
+    )
+
+
+def _mark_exit(axes: Axes, report: ExitReport) -> None:
+    exit_layer = report.best.exit_layer
+    axes.axvspan(exit_layer - 0.5, exit_layer + 0.5, color=_TRACK, zorder=0)
+
+
+def _style(axes: Axes, title: str, hint: str) -> None:
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_INK, pad=22)
+    axes.annotate(
+        hint, (0, 1), (0, 7), "axes fraction", textcoords="offset points", fontsize=10, color=_MUTED
+    )
+    axes.tick_params(length=0, labelsize=10, labelcolor=_INK, labelbottom=True)
+    axes.set_axisbelow(True)
+    for side in ("top", "left", "right"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(_PLAIN)

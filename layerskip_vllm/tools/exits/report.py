@@ -1,0 +1,152 @@
+"""What `exits` has found out, the (E, K) that it speaks for, and both as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerskip_vllm.checkpoint.entry import CONFIG_KEY
+from layerskip_vllm.training.exit_evaluation import Acceptance
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Drafts of one length from one exit.
+
+    Attributes:
+        exit_layer: E, the number of layers that draft.
+        num_speculative_tokens: K, the tokens in a draft.
+        acceptance: What became of them.
+        speedup: The most that the bytes read allow, in times plain decoding.
+    """
+
+    exit_layer: int
+    num_speculative_tokens: int
+    acceptance: Acceptance
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Exit:
+    """One layer's exit.
+
+    Attributes:
+        exit_layer: E, the number of layers before it.
+        loss: Held-out cross-entropy in nats per token.
+        agreement: Share of held-out places where it chooses the last layer's token.
+        draft_share: What a draft step reads, first E layers and head, as a share of all layers and
+            the head.
+        drafts: By K, from 1 up; none for the last layer.
+    """
+
+    exit_layer: int
+    loss: float
+    agreement: float
+    draft_share: float
+    drafts: tuple[Draft, ...]
+
+    @property
+    def perplexity(self) -> float:
+        """The loss as perplexity."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def best(self) -> Draft | None:
+        """The drafts that promise most, of equal ones the shortest; None for the last layer."""
+        return max(self.drafts, key=lambda draft: draft.speedup, default=None)
+
+
+@dataclass(frozen=True)
+class ExitReport:
+    """Every exit of a model.
+
+    Attributes:
+        model: The model's path or name.
+        setting: What it was measured with and on.
+        num_held_out_tokens: Places that losses and agreements are measured over.
+        num_completion_tokens: Tokens of the completions that drafts are measured over.
+        head_share: The head's part of what a whole step reads.
+        exits: First layer to last.
+    """
+
+    model: str
+    setting: Mapping[str, Any]
+    num_held_out_tokens: int
+    num_completion_tokens: int
+    head_share: float
+    exits: tuple[Exit, ...]
+
+    @property
+    def best(self) -> Draft:
+        """The drafts that promise most; of equal ones those of the earliest exit."""
+        drafts = [exit_.best for exit_ in self.exits if exit_.best is not None]
+        return max(drafts, key=lambda draft: draft.speedup)
+
+    @property
+    def pays(self) -> bool:
+        """Whether any drafts promise to be faster than none."""
+        return self.best.speedup > 1
+
+    @property
+    def entry(self) -> dict[str, int] | None:
+        """The `layerskip` entry to put into `config.json`; None if no exit pays."""
+        if not self.pays:
+            return None
+        return {
+            "exit_layer": self.best.exit_layer,
+            "num_speculative_tokens": self.best.num_speculative_tokens,
+        }
+
+    def describe(self) -> str:
+        """Returns the result in one sentence."""
+        best, num = self.best, self.best.num_speculative_tokens
+        gain = f"at best {best.speedup:.2f} times plain decoding"
+        if not self.pays:
+            return f"No exit pays: {gain}, after layer {best.exit_layer} of {len(self.exits)}"
+        tokens = "1 token" if num == 1 else f"{num} tokens"
+        return f"Exit after layer {best.exit_layer} of {len(self.exits)}, draft {tokens}: {gain}"
+
+    def describe_run(self) -> str:
+        """Returns one line with what was measured."""
+        setting, (first, *others) = self.setting, self.setting["data"]
+        data = Path(first).name + (f" and {len(others)} more" if others else "")
+        return (
+            f"{Path(self.model).name} ({setting['dtype']}), {self.num_held_out_tokens:,} held-out "
+            f"tokens of {data}; greedy completions of "
+            f"{setting['num_prompts']} prompts, {self.num_completion_tokens:,} tokens"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns everything as a JSON object; a perplexity beyond all numbers is null."""
+        exits = []
+        for exit_ in self.exits:
+            fields = dataclasses.asdict(exit_)
+            drafts = [
+                {key: value for key, value in draft.items() if key != "exit_layer"}
+                for draft in fields.pop("drafts")
+            ]
+            perplexity = exit_.perplexity if math.isfinite(exit_.perplexity) else None
+            exits.append({**fields, "perplexity": perplexity, "drafts": drafts})
+        return {
+            "model": self.model,
+            "setting": dict(self.setting),
+            "num_held_out_tokens": self.num_held_out_tokens,
+            "num_completion_tokens": self.num_completion_tokens,
+            "head_share": self.head_share,
+            CONFIG_KEY: self.entry,
+            "best": {
+                "exit_layer": self.best.exit_layer,
+                "num_speculative_tokens": self.best.num_speculative_tokens,
+                "speedup": self.best.speedup,
+            },
+            "exits": exits,
+        }
+
+    def write_json(self, path: Path) -> None:
+        """Writes `to_json` to `path`."""
+        path.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""A running server: its metrics, its answers, what it is."""

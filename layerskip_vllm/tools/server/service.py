@@ -1,0 +1,145 @@
+"""What a running server is: its model, its context, whether it drafts with layerskip."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from layerskip_vllm.tools.prompts import BUILT_IN
+
+MIN_MODEL_LEN = 256
+_TIMEOUT_S = 120.0
+# A value that layerskip refuses, and says why; a server without it ignores or refuses it otherwise.
+_PROBE = {"layerskip": '{"num_speculative_tokens": -1}'}
+_REFUSAL = re.compile(r"from 0, which turns drafting off, to (\d+)")
+
+
+@dataclass(frozen=True)
+class Service:
+    """A server that is up.
+
+    Attributes:
+        url: Its address.
+        model: The name of its model.
+        max_model_len: Most tokens of a prompt and its completion together.
+        num_speculative_tokens: K if it drafts with layerskip, None if it does not.
+        pieces: The built-in prompts as the server's tokens.
+        is_chat: Whether it answers chats; it has no chat template otherwise.
+    """
+
+    url: str
+    model: str
+    max_model_len: int
+    num_speculative_tokens: int | None
+    pieces: tuple[tuple[int, ...], ...]
+    is_chat: bool
+
+
+async def open_session(url: str, timeout_s: float) -> aiohttp.ClientSession:
+    """Opens a session in which each request has a connection of its own.
+
+    A server may close a kept connection in the moment in which it is used again; an answer would
+    seem lost.
+
+    Args:
+        url: The server's address, such as `http://127.0.0.1:8000`.
+        timeout_s: Seconds in which a request must be answered in full.
+
+    Returns:
+        The session.
+
+    Raises:
+        ValueError: If the address is none.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"URL is {url!r}; it must be an address such as http://127.0.0.1:8000.")
+    return aiohttp.ClientSession(
+        url.rstrip("/") + "/",
+        timeout=aiohttp.ClientTimeout(total=timeout_s),
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+    )
+
+
+async def inspect(url: str) -> Service:
+    """Asks a server what it is.
+
+    Args:
+        url: The server's address.
+
+    Returns:
+        What it says.
+
+    Raises:
+        ValueError: If it is no vLLM server, or does not answer as one.
+        aiohttp.ClientError: If there is no server.
+    """
+    async with await open_session(url, _TIMEOUT_S) as session:
+        status, models = await _fetch(session, "v1/models")
+        if status != 200 or not models.get("data"):
+            raise ValueError(
+                f"URL is {url!r}, but /v1/models there answers {status}; it must be a vLLM "
+                "server's address."
+            )
+        model, max_model_len = models["data"][0]["id"], models["data"][0].get("max_model_len")
+        if not isinstance(max_model_len, int):
+            raise ValueError(f"the server at {url} names no max_model_len; it must be vLLM's.")
+        if max_model_len < MIN_MODEL_LEN:
+            raise ValueError(
+                f"max_model_len of the server at {url} is {max_model_len}; it must be at least "
+                f"{MIN_MODEL_LEN} for long and short requests."
+            )
+        return Service(
+            url=url,
+            model=model,
+            max_model_len=max_model_len,
+            num_speculative_tokens=await _find_num_speculative_tokens(session, model),
+            pieces=await _tokenize(session, url, model),
+            is_chat=await _can_chat(session, model),
+        )
+
+
+async def _find_num_speculative_tokens(session: aiohttp.ClientSession, model: str) -> int | None:
+    body = {"model": model, "prompt": "1", "max_tokens": 1, "vllm_xargs": _PROBE}
+    status, answer = await _fetch(session, "v1/completions", body)
+    found = _REFUSAL.search(str(answer.get("error", ""))) if status == 400 else None
+    return int(found[1]) if found else None
+
+
+async def _tokenize(
+    session: aiohttp.ClientSession, url: str, model: str
+) -> tuple[tuple[int, ...], ...]:
+    body = {
+        "model": model,
+        "prompt": list(BUILT_IN),
+        "max_tokens": 1,
+        "temperature": 0,
+        "return_token_ids": True,
+    }
+    status, answer = await _fetch(session, "v1/completions", body)
+    if status != 200:
+        raise ValueError(f"{url} answers a completion with {status}: {str(answer)[:500]}")
+    return tuple(tuple(choice["prompt_token_ids"]) for choice in answer["choices"])
+
+
+async def _can_chat(session: aiohttp.ClientSession, model: str) -> bool:
+    messages = [{"role": "user", "content": "1"}]
+    body = {"model": model, "messages": messages, "max_tokens": 1}
+    status, _ = await _fetch(session, "v1/chat/completions", body)
+    return status == 200
+
+
+async def _fetch(
+    session: aiohttp.ClientSession, path: str, body: Mapping[str, Any] | None = None
+) -> tuple[int, dict[str, Any]]:
+    """GET, or POST: the status, and the answer's object, empty if it is none."""
+    method = "GET" if body is None else "POST"
+    async with session.request(method, path, json=body) as response:
+        try:
+            answer = await response.json(content_type=None)
+        except ValueError:
+            answer = None
+        return response.status, answer if isinstance(answer, dict) else {}

@@ -1,0 +1,211 @@
+"""Sends a request and says how it ended; whatever was not to happen is a fault."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import aiohttp
+
+from layerskip_vllm.tools.server.event_stream import StreamError, is_done_line, parse_sse_line
+from layerskip_vllm.tools.soak.traffic import Request
+
+_MAX_LINE_BYTES = 2**24
+
+
+class End(Enum):
+    """How a request ended."""
+
+    ANSWERED = "answered"
+    REFUSED = "refused"
+    CANCELLED = "cancelled"
+    FAULT = "fault"
+
+
+class Fault(Exception):
+    """The server did what it must not do."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a request.
+
+    Attributes:
+        request: The request.
+        end: How it ended.
+        seconds: How long it took.
+        reason: What the server did wrong; empty if it did not.
+        num_tokens: Tokens that came.
+        num_compared: Those of them that were compared with plain vLLM's.
+    """
+
+    request: Request
+    end: End
+    seconds: float
+    reason: str = ""
+    num_tokens: int = 0
+    num_compared: int = 0
+
+
+@dataclass
+class _Choice:
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+@dataclass
+class _Received:
+    """What has come so far of an answer."""
+
+    choices: dict[int, _Choice] = field(default_factory=dict)
+    num_tokens_by_usage: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(choice.token_ids) for choice in self.choices.values())
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        """Takes in a chunk of a stream, or a whole answer.
+
+        Args:
+            event: What the server sent.
+
+        Raises:
+            Fault: If it goes on after its end.
+        """
+        for given in event.get("choices", ()):
+            choice = self.choices.setdefault(given["index"], _Choice())
+            token_ids = given.get("token_ids") or ()
+            if token_ids and choice.finish_reason is not None:
+                raise Fault("tokens came after a finish_reason")
+            choice.token_ids += token_ids
+            choice.finish_reason = given.get("finish_reason") or choice.finish_reason
+        usage = event.get("usage")
+        if usage:
+            self.num_tokens_by_usage = usage["completion_tokens"]
+
+
+async def send(session: aiohttp.ClientSession, request: Request) -> Outcome:
+    """Sends a request and waits for its end.
+
+    Args:
+        session: A session with the server; its timeout is when a request counts as lost.
+        request: The request.
+
+    Returns:
+        The outcome; what goes wrong is a fault, not an exception.
+    """
+    start_s = time.perf_counter()
+    received = _Received()
+    end, reason, num_compared = End.FAULT, "", 0
+    try:
+        exchange = _exchange(session, request, received)
+        end = await asyncio.wait_for(exchange, request.cancel_after_s)
+        if end is End.ANSWERED:
+            _check_whole(request, received)
+        num_compared = _compare(request, received, end)
+    except asyncio.CancelledError:
+        end = End.CANCELLED
+    except (Fault, StreamError) as error:
+        end, reason = End.FAULT, str(error)
+    except (asyncio.TimeoutError, TimeoutError):
+        if request.cancel_after_s is not None:
+            end = End.CANCELLED
+        else:
+            end, reason = End.FAULT, f"no end after {time.perf_counter() - start_s:.1f} s"
+    except (aiohttp.ClientError, OSError) as error:
+        end, reason = End.FAULT, f"the connection broke: {type(error).__name__}: {error}"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        end, reason = End.FAULT, f"an answer of the wrong form: {type(error).__name__}: {error}"
+    seconds = time.perf_counter() - start_s
+    return Outcome(request, end, seconds, reason, received.num_tokens, num_compared)
+
+
+async def _exchange(session: aiohttp.ClientSession, request: Request, received: _Received) -> End:
+    headers = {"Content-Type": "application/json"}
+    async with session.post(
+        request.path, data=request.payload, headers=headers, read_bufsize=_MAX_LINE_BYTES
+    ) as response:
+        if request.is_refused or response.status != 200:
+            return _check_refusal(request, response.status, await response.text())
+        if not request.is_stream:
+            received.add(await response.json())
+            return End.ANSWERED
+        after = request.cancel_after_tokens
+        if after == 0:
+            return End.CANCELLED
+        async for line in response.content:
+            if is_done_line(line):
+                return End.ANSWERED
+            event = parse_sse_line(line)
+            if event is not None:
+                received.add(event)
+            if after is not None and received.num_tokens >= after:
+                return End.CANCELLED
+    raise Fault("the stream broke off without an error")
+
+
+def _check_refusal(request: Request, status: int, text: str) -> End:
+    """Checks that a refusal was due, of the right class, and says why."""
+    if not request.is_refused:
+        raise Fault(f"status {status} for a request that is right: {text[:300]}")
+    if not 400 <= status < 500:
+        raise Fault(f"status {status} for a request to be refused with a 4xx: {text[:300]}")
+    if not _find_message(text):
+        raise Fault(f"status {status} without an error message: {text[:300]!r}")
+    return End.REFUSED
+
+
+def _find_message(text: str) -> Any:
+    """What an error says; FastAPI's own, of bodies that it cannot decode, is a `detail`."""
+    try:
+        answer = json.loads(text)
+        return answer["detail"] if "detail" in answer else answer["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _check_whole(request: Request, received: _Received) -> None:
+    """Checks that an answer is whole, whatever its tokens."""
+    if len(received.choices) != request.num_choices:
+        raise Fault(f"{len(received.choices)} choices, expected {request.num_choices}")
+    for choice in received.choices.values():
+        num_tokens, reason = len(choice.token_ids), choice.finish_reason
+        if reason not in ("stop", "length"):
+            raise Fault(f"finish_reason is {reason!r} after {num_tokens} tokens")
+        if num_tokens > request.max_tokens or (
+            reason == "length" and num_tokens != request.max_tokens
+        ):
+            raise Fault(f"{num_tokens} tokens and {reason!r}, expected {request.max_tokens}")
+    if received.num_tokens_by_usage != received.num_tokens:
+        raise Fault(f"usage says {received.num_tokens_by_usage} tokens, {received.num_tokens} came")
+
+
+def _compare(request: Request, received: _Received, end: End) -> int:
+    """Compares with plain vLLM's answer; returns how many tokens were compared."""
+    answer = request.question.answer if request.question else None
+    if answer is None or 0 not in received.choices or end is End.REFUSED:
+        return 0
+    choice = received.choices[0]
+    token_ids, expected = choice.token_ids, list(answer.token_ids)
+    if end is End.CANCELLED:
+        expected = expected[: len(token_ids)]
+    if token_ids != expected:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(token_ids, expected, strict=False)) if a != b),
+            min(len(token_ids), len(expected)),
+        )
+        raise Fault(
+            f"token {at} differs from plain vLLM's: {token_ids[at : at + 4]}, expected "
+            f"{expected[at : at + 4]} ({len(token_ids)} tokens, expected {len(expected)})"
+        )
+    if end is End.ANSWERED and choice.finish_reason != answer.finish_reason:
+        raise Fault(
+            f"finish_reason {choice.finish_reason!r}, plain vLLM's {answer.finish_reason!r}"
+        )
+    return len(token_ids)

@@ -1,0 +1,131 @@
+"""A server's load and memory while it is soaked: its `/metrics`, and its processes where local."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import aiohttp
+
+from layerskip_vllm.tools.server.metrics import Sample, parse_sample
+
+_MIN_SAMPLES = 12
+
+
+@dataclass(frozen=True)
+class Look:
+    """A server at one time.
+
+    Attributes:
+        seconds: Since the first look.
+        sample: Its metrics.
+        memory_mib: Resident memory of its processes, None if they are not to be looked at.
+    """
+
+    seconds: float
+    sample: Sample
+    memory_mib: float | None
+
+    @property
+    def load(self) -> tuple[int, int, float]:
+        """Requests running, requests waiting, share of the KV cache in use."""
+        return (
+            int(self.sample.values.get("vllm:num_requests_running", 0)),
+            int(self.sample.values.get("vllm:num_requests_waiting", 0)),
+            self.sample.values["vllm:kv_cache_usage_perc"],
+        )
+
+
+class Monitor:
+    """Looks at a server now and then."""
+
+    def __init__(self, session: aiohttp.ClientSession, pid: int | None) -> None:
+        """Prepares to look.
+
+        Args:
+            session: A session with the server.
+            pid: Its first process, where that is on this machine.
+        """
+        self._session = session
+        self._pid = pid
+        self._start_s = time.monotonic()
+        self.looks: list[Look] = []
+
+    async def look(self) -> Look:
+        """Looks once.
+
+        Returns:
+            What is seen.
+
+        Raises:
+            ValueError: If the server has no metrics of speculative decoding.
+            OSError: If its process is gone.
+            aiohttp.ClientError: If it does not answer.
+        """
+        async with self._session.get("metrics") as response:
+            text = await response.text()
+        now_s = time.monotonic()
+        memory_mib = None if self._pid is None else read_memory_mib(self._pid)
+        found = Look(now_s - self._start_s, parse_sample(text, now_s), memory_mib)
+        self.looks.append(found)
+        return found
+
+    async def keep_looking(self, interval_s: float) -> None:
+        """Looks until cancelled; a server that is away is the requests' fault to find."""
+        while True:
+            await asyncio.sleep(interval_s)
+            try:
+                await self.look()
+            except (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError):
+                continue
+
+
+def read_memory_mib(pid: int) -> float:
+    """Adds up the resident memory of a process and its descendants.
+
+    Args:
+        pid: The process.
+
+    Returns:
+        The sum in MiB; pages that they share count more than once.
+
+    Raises:
+        OSError: If there is no such process.
+    """
+    import psutil
+
+    try:
+        first = psutil.Process(pid)
+        processes = [first, *first.children(recursive=True)]
+    except psutil.NoSuchProcess as error:
+        raise ProcessLookupError(f"there is no process {pid}") from error
+    total = 0
+    for process in processes:
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:  # a child that has just ended
+            continue
+    return total / 2**20
+
+
+def measure_growth_mib(looks: Sequence[Look]) -> float | None:
+    """Measures by how much memory has grown once the server was warm.
+
+    The first half of a run is its warm-up: caches fill, and allocators keep what they were given.
+    Of the second half, the median of its last third is compared with that of its first third.
+
+    Args:
+        looks: The looks at the server, in order.
+
+    Returns:
+        The growth in MiB, negative if memory has shrunk; None if there are too few looks.
+    """
+    memory = [look.memory_mib for look in looks if look.memory_mib is not None]
+    if len(memory) < _MIN_SAMPLES:
+        return None
+    warm = memory[len(memory) // 2 :]
+    third = len(warm) // 3
+    return statistics.median(warm[-third:]) - statistics.median(warm[:third])

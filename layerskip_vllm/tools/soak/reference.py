@@ -1,0 +1,137 @@
+"""What plain vLLM answers to the questions: asked of a plain server, or read from a file."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from layerskip_vllm.tools.server.service import Service, open_session
+from layerskip_vllm.tools.soak.questions import Answer, Question
+
+_TIMEOUT_S = 600.0
+
+
+async def ask_plain(
+    service: Service,
+    questions: Sequence[Question],
+    concurrency: int,
+    on_answer: Callable[[], None],
+) -> list[Question]:
+    """Asks a plain server all questions.
+
+    Args:
+        service: The server.
+        questions: The questions.
+        concurrency: How many are asked at once.
+        on_answer: Called after each.
+
+    Returns:
+        The questions with its answers.
+
+    Raises:
+        ValueError: If the server drafts with layerskip, or refuses a question.
+        aiohttp.ClientError: If it is gone.
+    """
+    if service.num_speculative_tokens is not None:
+        raise ValueError(
+            f"the server at {service.url} drafts with layerskip; the right answers must come from "
+            "one without speculation."
+        )
+    slots = asyncio.Semaphore(concurrency)
+    async with await open_session(service.url, _TIMEOUT_S) as session:
+
+        async def answer(question: Question) -> Question:
+            async with slots:
+                answered = replace(question, answer=await _ask(session, service.model, question))
+                on_answer()
+                return answered
+
+        return await asyncio.gather(*(answer(question) for question in questions))
+
+
+async def _ask(session: aiohttp.ClientSession, model: str, question: Question) -> Answer:
+    body = {"model": model, "return_token_ids": True, **question.body}
+    async with session.post("v1/completions", json=body) as response:
+        if response.status != 200:
+            text = (await response.text())[:500]
+            raise ValueError(
+                f"the plain server answers {response.status} to {question.kind!r}: {text}"
+            )
+        (choice,) = (await response.json())["choices"]
+    return Answer(tuple(choice["token_ids"]), choice["finish_reason"])
+
+
+def write_reference(path: Path, service: Service, questions: Sequence[Question]) -> None:
+    """Writes questions and answers to a file."""
+    content = {
+        "max_model_len": service.max_model_len,
+        "questions": [_to_json(question) for question in questions],
+    }
+    path.write_text(json.dumps(content) + "\n")
+
+
+def read_reference(path: Path, service: Service) -> list[Question]:
+    """Reads questions and answers from a file of `write_reference`'s.
+
+    Args:
+        path: The file.
+        service: The server that they are to be compared with.
+
+    Returns:
+        The questions with their answers.
+
+    Raises:
+        ValueError: If the file is none of `write_reference`'s, or was written for another context.
+        OSError: If it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text())
+        max_model_len = content["max_model_len"]
+        questions = [
+            Question(
+                item["kind"],
+                item["body"],
+                Answer(tuple(item["token_ids"]), item["finish_reason"]),
+            )
+            for item in content["questions"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--reference is {str(path)!r}, which is no file of --record's ({error!r})."
+        ) from error
+    check_context(str(path), max_model_len, service)
+    return questions
+
+
+def check_context(source: str, max_model_len: int, service: Service) -> None:
+    """Refuses answers of a server with another context, which end elsewhere.
+
+    Args:
+        source: Where the answers come from.
+        max_model_len: The context of the server that gave them.
+        service: The server that they are to be compared with.
+
+    Raises:
+        ValueError: If the contexts differ.
+    """
+    if max_model_len != service.max_model_len:
+        raise ValueError(
+            f"the answers of {source} are of a server whose max_model_len is {max_model_len}, but "
+            f"that of {service.url} is {service.max_model_len}; start both with the same."
+        )
+
+
+def _to_json(question: Question) -> dict[str, Any]:
+    assert question.answer is not None
+    return {
+        "kind": question.kind,
+        "body": dict(question.body),
+        "token_ids": list(question.answer.token_ids),
+        "finish_reason": question.answer.finish_reason,
+    }

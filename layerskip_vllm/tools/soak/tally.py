@@ -1,0 +1,71 @@
+"""Counts of requests by kind and by how they ended, and the faults among them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from layerskip_vllm.tools.soak.client import End, Outcome
+
+
+@dataclass
+class Row:
+    """Requests of one kind.
+
+    Attributes:
+        num_sent: Requests begun.
+        ends: How many ended how.
+        num_tokens: Tokens that came.
+        num_compared: Those that were compared with plain vLLM's, and equal.
+        longest_s: Seconds of the slowest of them.
+    """
+
+    num_sent: int = 0
+    ends: Counter[End] = field(default_factory=Counter)
+    num_tokens: int = 0
+    num_compared: int = 0
+    longest_s: float = 0.0
+
+    @property
+    def num_lost(self) -> int:
+        """Requests without any end."""
+        return self.num_sent - sum(self.ends.values())
+
+
+@dataclass
+class Tally:
+    """All requests of a run.
+
+    Attributes:
+        rows: The counts by kind.
+        faults: What went wrong, in order.
+    """
+
+    rows: dict[str, Row] = field(default_factory=dict)
+    faults: list[Outcome] = field(default_factory=list)
+
+    def begin(self, kind: str) -> None:
+        """Counts a request that is about to be sent."""
+        self.rows.setdefault(kind, Row()).num_sent += 1
+
+    def end(self, outcome: Outcome) -> None:
+        """Counts a request's end."""
+        row = self.rows[outcome.request.kind]
+        row.ends[outcome.end] += 1
+        row.num_tokens += outcome.num_tokens
+        row.num_compared += outcome.num_compared
+        row.longest_s = max(row.longest_s, outcome.seconds)
+        if outcome.end is End.FAULT:
+            self.faults.append(outcome)
+
+    @property
+    def total(self) -> Row:
+        """The sum of all kinds."""
+        total = Row()
+        for row in self.rows.values():
+            total.num_sent += row.num_sent
+            total.ends += row.ends
+            total.num_tokens += row.num_tokens
+            total.num_compared += row.num_compared
+            total.longest_s = max(total.longest_s, row.longest_s)
+        return total

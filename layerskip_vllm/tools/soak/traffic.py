@@ -1,0 +1,312 @@
+"""The mix of requests: drawn by kind from one seed, each with the outcome that it must have."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from layerskip_vllm.tools.server.service import Service
+from layerskip_vllm.tools.soak.questions import Question
+from layerskip_vllm.tools.soak.refusals import (
+    MALFORMED_TEXTS,
+    UNSUPPORTED,
+    WRONG_FIELDS,
+    wrong_layerskip_settings,
+)
+
+COMPLETIONS, CHAT = "v1/completions", "v1/chat/completions"
+_SAMPLED_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is sent, and what must come back.
+
+    Attributes:
+        kind: Its row in the report.
+        detail: What is particular about it.
+        payload: The body.
+        path: Where it goes.
+        is_refused: Whether the server must refuse it with a 4xx status; it must answer otherwise.
+        question: What it asks, if the answer is compared with plain vLLM's.
+        num_choices: How many completions an answer has.
+        max_tokens: Most tokens of each of them.
+        is_stream: Whether it asks for a stream.
+        cancel_after_tokens: Tokens after which the client leaves a stream; None to read it all.
+        cancel_after_s: Seconds after which the client leaves; None to stay.
+    """
+
+    kind: str
+    detail: str
+    payload: bytes
+    path: str = COMPLETIONS
+    is_refused: bool = False
+    question: Question | None = None
+    num_choices: int = 1
+    max_tokens: int = 0
+    is_stream: bool = False
+    cancel_after_tokens: int | None = None
+    cancel_after_s: float | None = None
+
+
+@dataclass
+class Traffic:
+    """Draws requests without end.
+
+    Attributes:
+        service: The server that they are for.
+        questions: What is asked greedily.
+        seed: The same seed, server and questions give the same requests.
+        kinds: Which of `KINDS` come; all of them if empty.
+    """
+
+    service: Service
+    questions: Sequence[Question]
+    seed: int
+    kinds: Sequence[str] = ()
+    _rng: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._rng = random.Random(self.seed)
+        self._malformed = _list_malformed(self.service)
+
+    def draw(self) -> Request:
+        """Returns the next request."""
+        kinds = self.kinds or list(KINDS)
+        (kind,) = self._rng.choices(kinds, [KINDS[name][0] for name in kinds])
+        return KINDS[kind][1](self)
+
+    def list_alone(self) -> list[Request]:
+        """Returns one request of each setting, for a server that has nothing else to do.
+
+        A batch of one takes other paths than a batch of many, such as steps without any draft.
+        """
+        question = self.questions[0]
+        sampled = [self._sample_with(name, setting) for name, setting in _SAMPLED.items()]
+        greedy = [
+            self._ask(question, setting, "one candidate", f"alone, {setting}")
+            for setting in _ONE_CANDIDATE
+        ]
+        return [*greedy, *sampled]
+
+    def draw_question(self) -> Request:
+        """Returns a greedy question, streamed or not, drafted for as the server does or less."""
+        question = self._rng.choice(self.questions)
+        return self._ask(question, {}, question.kind, "greedy")
+
+    def draw_malformed(self) -> Request:
+        """Returns a request of the wrong form or with a wrong value."""
+        detail, path, payload = self._rng.choice(self._malformed)
+        return Request("malformed", detail, payload, path, is_refused=True)
+
+    def _ask_with_one_candidate(self) -> Request:
+        """A question whose sampling leaves the likeliest token alone: the greedy answer."""
+        question = self._rng.choice(self.questions)
+        setting = self._rng.choice(_ONE_CANDIDATE)
+        return self._ask(question, setting, "one candidate", f"{question.kind}, {setting}")
+
+    def _sample(self) -> Request:
+        return self._sample_with(*self._rng.choice(list(_SAMPLED.items())))
+
+    def _sample_with(self, name: str, setting: Mapping[str, Any]) -> Request:
+        prompt, max_tokens = self._cut_prompt(_SAMPLED_TOKENS), setting.get("max_tokens")
+        num_prompts = self._rng.choice([1, 1, 3])
+        body = {
+            **setting,
+            "prompt": prompt if num_prompts == 1 else [prompt] * num_prompts,
+            "max_tokens": max_tokens or _SAMPLED_TOKENS,
+        }
+        return self._answered(
+            "sampled",
+            name,
+            body,
+            num_choices=num_prompts * setting.get("n", 1),
+            max_tokens=body["max_tokens"],
+        )
+
+    def _cancel_stream(self) -> Request:
+        question = self._rng.choice(self._long_questions())
+        after = self._rng.randint(0, max(1, question.body["max_tokens"] // 2))
+        return self._ask(
+            question,
+            {},
+            "cancelled stream",
+            f"{question.kind}, after {after} tokens",
+            is_stream=True,
+            cancel_after_tokens=after,
+        )
+
+    def _cancel(self) -> Request:
+        question = self._rng.choice(self._long_questions())
+        after_s = self._patience_s()
+        return self._ask(
+            question,
+            {},
+            "cancelled",
+            f"{question.kind}, after {after_s} s",
+            is_stream=False,
+            cancel_after_s=after_s,
+        )
+
+    def _cancel_samples(self) -> Request:
+        max_tokens = min(128, self.service.max_model_len // 2)
+        body = {
+            "prompt": self._cut_prompt(max_tokens),
+            "n": 3,
+            "temperature": 1,
+            "max_tokens": max_tokens,
+        }
+        return self._answered(
+            "cancelled",
+            "three samples",
+            body,
+            num_choices=3,
+            max_tokens=max_tokens,
+            cancel_after_s=self._patience_s(),
+        )
+
+    def _too_long(self) -> Request:
+        context = self.service.max_model_len
+        token_ids = [token_id for piece in self.service.pieces for token_id in piece]
+        whole = (token_ids * (context // len(token_ids) + 2))[: context + 1]
+        bodies: list[tuple[str, dict[str, Any]]] = [
+            ("prompt of the context and a token", {"prompt": whole, "max_tokens": 1}),
+            ("prompt of the context", {"prompt": whole[:-1], "max_tokens": 1}),
+            ("max_tokens above the context", {"prompt": whole[:9], "max_tokens": context + 1}),
+            ("a long text", {"prompt": "word " * (8 * context), "max_tokens": 1}),
+        ]
+        detail, body = self._rng.choice(bodies)
+        body = {"model": self.service.model, **body}
+        return Request("over-long", detail, json.dumps(body).encode(), is_refused=True)
+
+    def _chat(self) -> Request:
+        body: dict[str, Any] = {
+            "messages": [{"role": "user", "content": self._rng.choice(_CHAT_TEXTS)}],
+            "max_tokens": _SAMPLED_TOKENS,
+            "temperature": self._rng.choice([0, 1]),
+        }
+        if self.service.is_chat:
+            return self._answered("chat", "chat", body, path=CHAT, max_tokens=_SAMPLED_TOKENS)
+        payload = json.dumps({"model": self.service.model, **body}).encode()
+        return Request("chat", "no chat template", payload, CHAT, is_refused=True)
+
+    def _cut_prompt(self, room: int) -> str | list[int]:
+        """A question's prompt, cut so that a completion of `room` tokens fits."""
+        prompt = self._rng.choice(self.questions).body["prompt"]
+        return prompt if isinstance(prompt, str) else prompt[: self.service.max_model_len - room]
+
+    def _patience_s(self) -> float:
+        return round(0.005 + self._rng.expovariate(2.5), 3)
+
+    def _long_questions(self) -> Sequence[Question]:
+        slow = ("long answer", "long prompt")
+        return [question for question in self.questions if question.kind in slow]
+
+    def _ask(
+        self,
+        question: Question,
+        setting: Mapping[str, Any],
+        kind: str,
+        detail: str,
+        is_stream: bool | None = None,
+        **cancel: Any,
+    ) -> Request:
+        prompt, max_tokens = question.body["prompt"], question.body["max_tokens"]
+        if not isinstance(prompt, str):
+            max_tokens = min(max_tokens, self.service.max_model_len - len(prompt))
+        return self._answered(
+            kind,
+            detail,
+            {**question.body, **setting},
+            is_stream=is_stream,
+            question=question,
+            max_tokens=max_tokens,
+            **cancel,
+        )
+
+    def _answered(
+        self,
+        kind: str,
+        detail: str,
+        body: Mapping[str, Any],
+        is_stream: bool | None = None,
+        **expected: Any,
+    ) -> Request:
+        if is_stream is None:
+            # vLLM has no log probabilities of prompts in streams.
+            is_stream = "prompt_logprobs" not in body and self._rng.random() < 0.5
+        body = {"model": self.service.model, "return_token_ids": True, **body}
+        if is_stream:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        limit = self.service.num_speculative_tokens
+        if limit is not None and self._rng.random() < 0.25:
+            setting = {"num_speculative_tokens": self._rng.randint(0, limit)}
+            body |= {"vllm_xargs": {"layerskip": json.dumps(setting)}}
+        return Request(kind, detail, json.dumps(body).encode(), is_stream=is_stream, **expected)
+
+
+def _list_malformed(service: Service) -> list[tuple[str, str, bytes]]:
+    """Name, path and payload of each malformed request."""
+    body = {"model": service.model, "prompt": "a", "max_tokens": 8}
+    fields = dict(WRONG_FIELDS)
+    if service.num_speculative_tokens is not None:
+        own = wrong_layerskip_settings(service.num_speculative_tokens)
+        fields = {**fields, **UNSUPPORTED, **own}
+    named = [(name, COMPLETIONS, text) for name, text in MALFORMED_TEXTS.items()]
+    named += [(name, CHAT, text) for name, text in MALFORMED_TEXTS.items()]
+    return named + [
+        (name, COMPLETIONS, json.dumps({**body, **change}).encode())
+        for name, change in fields.items()
+    ]
+
+
+_CHAT_TEXTS = ("Hello!", "Write a haiku about caches.", "", "\u0000\uffff", "1 + 1 = " * 50)
+
+# Settings of sampling that leave the likeliest token alone.
+_ONE_CANDIDATE: Sequence[Mapping[str, Any]] = (
+    {"temperature": 2, "top_k": 1},
+    {"temperature": 1, "top_p": 1e-6},
+    {"temperature": 0, "top_p": 0.5, "top_k": 3, "seed": 5},
+)
+
+# Settings at their limits, which must be answered all the same.
+_SAMPLED: Mapping[str, Mapping[str, Any]] = {
+    "temperature 2": {"temperature": 2},
+    "temperature just above 0": {"temperature": 1e-6},
+    "defaults": {},
+    "top_k alone": {"top_k": 5},
+    "huge top_k": {"top_k": 2**40},
+    "tiny top_p": {"temperature": 2, "top_p": 1e-9},
+    "top_k and top_p": {"top_k": 5, "top_p": 0.1, "seed": 0},
+    "largest seed": {"seed": 2**63 - 1},
+    "smallest seed": {"seed": -(2**63)},
+    "four samples": {"n": 4},
+    "four seeded samples": {"n": 4, "seed": 7, "temperature": 0.7},
+    "two samples": {"n": 2},
+    "penalties at their limits": {"presence_penalty": 2, "frequency_penalty": -2},
+    "large repetition_penalty": {"repetition_penalty": 1e308},
+    "tiny repetition_penalty": {"repetition_penalty": 1e-6},
+    "all tokens the likeliest": {"logprobs": 20, "temperature": 2},
+    "forced length": {"min_tokens": _SAMPLED_TOKENS},
+    "one token": {"max_tokens": 1},
+    "long stop strings": {"stop": ["x" * 500, "def ", "\n\n"]},
+    "many bad words": {"bad_words": [f"w{index}" for index in range(40)]},
+    "one allowed token": {"allowed_token_ids": [5]},
+    "min_p 0 and no bias": {"min_p": 0, "logit_bias": {}},
+}
+
+# How often each kind comes, and what draws it.
+KINDS: Mapping[str, tuple[int, Callable[[Traffic], Request]]] = {
+    "question": (44, Traffic.draw_question),
+    "one candidate": (8, Traffic._ask_with_one_candidate),
+    "sampled": (14, Traffic._sample),
+    "cancelled stream": (9, Traffic._cancel_stream),
+    "cancelled": (6, Traffic._cancel),
+    "cancelled samples": (3, Traffic._cancel_samples),
+    "malformed": (10, Traffic.draw_malformed),
+    "over-long": (3, Traffic._too_long),
+    "chat": (3, Traffic._chat),
+}

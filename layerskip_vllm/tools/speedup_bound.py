@@ -1,0 +1,63 @@
+"""What self-speculative decoding gains at best when reading the weights is all that costs.
+
+Called by `layerskip-vllm exits` for what an exit promises, by `layerskip-vllm watch` for what a
+server could gain, and by `benchmarks.decoding.speedup` for the bound beside what it measures. Plain
+arithmetic; nothing is imported.
+"""
+
+from __future__ import annotations
+
+
+def cost_of_round(draft_share: float, num_speculative_tokens: float) -> float:
+    """Returns what one draft-and-verify round reads, in steps of the whole model.
+
+    A round is K draft steps, each through the prefix (the first E layers) and the head, and one
+    step of the whole model: K * (prefix + head) + whole, where the whole model counts as 1.
+
+    Args:
+        draft_share: Prefix and head, as a share of what a step of the whole model reads: all
+            layers and the head.
+        num_speculative_tokens: K, the tokens in a draft; their mean where drafts differ.
+
+    Returns:
+        The cost; a plain step costs 1.
+
+    Raises:
+        ValueError: If `draft_share` is not in (0, 1], or `num_speculative_tokens` is below 1.
+    """
+    if not 0 < draft_share <= 1:
+        raise ValueError(f"draft_share is {draft_share}; it must be above 0 and at most 1.")
+    if num_speculative_tokens < 1:
+        raise ValueError(
+            f"num_speculative_tokens is {num_speculative_tokens}; it must be at least 1."
+        )
+    return num_speculative_tokens * draft_share + 1
+
+
+def bound_speedup(draft_share: float, num_speculative_tokens: float, accepted: float) -> float:
+    """Returns how many times faster than plain decoding the weights read allow.
+
+    A round yields the accepted drafts and one token of the whole model, so the bound is
+    (accepted + 1) / (K * (prefix + head) + whole), where the whole model counts as 1. It holds
+    where reading weights is what a step costs: batch 1, nearly. In larger batches a plain step
+    shares one reading between its requests too, so the bound stays what it is, and compute, which
+    verifying multiplies by K + 1, comes on top.
+
+    Args:
+        draft_share: Prefix and head, as for `cost_of_round`.
+        num_speculative_tokens: K, as for `cost_of_round`.
+        accepted: The mean number of drafts accepted in a round, 0 to K.
+
+    Returns:
+        The bound, in times plain decoding.
+
+    Raises:
+        ValueError: If a round cannot accept that many drafts, or another number is out of range.
+    """
+    cost = cost_of_round(draft_share, num_speculative_tokens)
+    if not 0 <= accepted <= num_speculative_tokens:
+        raise ValueError(
+            f"accepted is {accepted}; a round of {num_speculative_tokens} drafts accepts "
+            f"between 0 and {num_speculative_tokens}."
+        )
+    return (accepted + 1) / cost

@@ -1,0 +1,166 @@
+"""Held-out text for `exits`: read from files, tokenized, and cut into sequences and prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerskip_vllm.tools.stdlib_corpus import held_out_files
+
+STDLIB = "stdlib"
+
+
+def read_documents(data: Sequence[str]) -> list[str]:
+    """Reads texts.
+
+    Args:
+        data: Files and folders. A `.jsonl` file holds an object with a `text` a line, any other is
+            one text in UTF-8; of a folder all files count but hidden ones. `stdlib` is the part of
+            Python's standard library that the embedded checkpoint was not trained on.
+
+    Returns:
+        The texts that are not empty, in the order given, those of a folder in the order of paths.
+
+    Raises:
+        ValueError: If something is not there, cannot be read as text or holds none.
+    """
+    documents = []
+    for name in data:
+        texts = [text for text in _read_name(name) if text.strip()]
+        if not texts:
+            raise ValueError(f"data is {name!r}, which has no text in it; name a file that has.")
+        documents += texts
+    return documents
+
+
+def _read_name(name: str) -> Iterator[str]:
+    path = Path(name)
+    if name == STDLIB:
+        yield from (file.text for file in held_out_files())
+    elif path.is_dir():
+        for file in sorted(path.rglob("*")):
+            is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+            if file.is_file() and not is_hidden:
+                yield from _read_file(file)
+    elif path.is_file():
+        yield from _read_file(path)
+    else:
+        raise ValueError(
+            f"data is {name!r}, which is not there (seen from {Path.cwd()}); it must be a file, a "
+            f"folder or {STDLIB!r}."
+        )
+
+
+def _read_file(path: Path) -> Iterator[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"data has {str(path)!r}, which is not text in UTF-8 ({error}); name text files alone."
+        ) from error
+    if path.suffix != ".jsonl":
+        yield text
+        return
+    # Not `splitlines`: a JSON string may hold the other line breaks that it knows.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield _read_line(f"line {number} of {str(path)!r}", line)
+
+
+def _read_line(where: str, line: str) -> str:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}.") from error
+    if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
+        raise ValueError(f"{where} must be an object whose 'text' is a string.")
+    return entry["text"]
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """Texts as one row of tokens.
+
+    Attributes:
+        token_ids: `[num_tokens] int64`, an end-of-text token after each text if there is one.
+        prefix: The token that the tokenizer begins a text with, or nothing. Every sequence and
+            prompt cut from the middle of a text begins with it too.
+    """
+
+    token_ids: torch.Tensor
+    prefix: list[int]
+
+    def cut_sequences(self, seq_len: int, max_tokens: int) -> torch.Tensor:
+        """Cuts sequences that do not overlap, spread evenly over the text.
+
+        Args:
+            seq_len: Tokens to predict in each.
+            max_tokens: Limit of the tokens to predict in all.
+
+        Returns:
+            `[num_sequences, seq_len + 1] int64`, at least one.
+
+        Raises:
+            ValueError: If the text is too short for one.
+        """
+        length = seq_len + 1 - len(self.prefix)
+        if len(self.token_ids) < length:
+            raise ValueError(
+                f"data has {len(self.token_ids)} tokens, but seq_len is {seq_len}; give more text "
+                f"or a seq_len of at most {len(self.token_ids) - 1 + len(self.prefix)}."
+            )
+        sequences = self.token_ids.unfold(0, length, seq_len)
+        return self._spread(sequences, max(1, max_tokens // seq_len))
+
+    def cut_prompts(self, num_prompts: int, num_prompt_tokens: int) -> list[list[int]]:
+        """Cuts prompts that do not overlap, spread evenly over the text.
+
+        Args:
+            num_prompts: How many.
+            num_prompt_tokens: Tokens of each.
+
+        Returns:
+            Token ids of each prompt.
+
+        Raises:
+            ValueError: If the text is too short for so many.
+        """
+        length = max(1, num_prompt_tokens - len(self.prefix))
+        if (num_available := len(self.token_ids) // length) < num_prompts:
+            raise ValueError(
+                f"num_prompts is {num_prompts}, but data has tokens for {num_available} prompts of "
+                f"{num_prompt_tokens}; give more text, or fewer or shorter prompts."
+            )
+        return self._spread(self.token_ids.unfold(0, length, length), num_prompts).tolist()
+
+    def _spread(self, rows: torch.Tensor, max_rows: int) -> torch.Tensor:
+        num_rows = min(len(rows), max_rows)
+        chosen = rows[torch.arange(num_rows) * len(rows) // num_rows]
+        prefix = torch.tensor(self.prefix, dtype=torch.int64).expand(num_rows, -1)
+        return torch.cat([prefix, chosen], dim=1)
+
+
+def encode_documents(tokenizer: Any, documents: Iterable[str]) -> HeldOutText:
+    """Tokenizes texts with a Hugging Face tokenizer.
+
+    Args:
+        tokenizer: The tokenizer.
+        documents: The texts.
+
+    Returns:
+        Their tokens.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    token_ids: list[int] = []
+    for text in documents:
+        # A whole text is longer than the model's context, of which the tokenizer would warn.
+        encoded = tokenizer(text, add_special_tokens=False, verbose=False)
+        token_ids += [*encoded["input_ids"], *end]
+    bos = tokenizer.bos_token_id
+    has_prefix = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
+    return HeldOutText(torch.tensor(token_ids), [bos] if has_prefix else [])

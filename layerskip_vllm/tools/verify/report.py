@@ -1,0 +1,95 @@
+"""What `layerskip-vllm verify` prints and writes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.table import Table
+
+from layerskip_vllm.tools.verify.comparison import FALSE_ALARM, Comparison, Verdict
+from layerskip_vllm.tools.verify.config import VerifyConfig
+from layerskip_vllm.tools.verify.results import Result
+from layerskip_vllm.tools.verify.runs import DRAFTED, FLOOR, UNVERIFIED
+
+_LABELS = {
+    FLOOR: "plain vLLM again (the floor)",
+    DRAFTED: "layerskip",
+    UNVERIFIED: "drafts without verification (must differ)",
+}
+
+
+def describe_run(config: VerifyConfig, drafted: Result) -> str:
+    """Say what was run, and on what.
+
+    Args:
+        config: What was asked for.
+        drafted: What the run with drafts gave.
+
+    Returns:
+        One line.
+    """
+    return (
+        f"{config.model}, {drafted.dtype}, {drafted.speculation}, Model Runner {drafted.runner} "
+        f"on {drafted.device or 'CPU'}; {config.num_prompts} prompts of {config.max_tokens} greedy "
+        f"tokens, {config.num_samples} samples a prompt that is sampled from"
+    )
+
+
+def build_table(verdict: Verdict, caption: str) -> Table:
+    """Lay the comparisons with plain vLLM out, one a line.
+
+    Args:
+        verdict: What they say.
+        caption: What was run.
+
+    Returns:
+        The table.
+    """
+    table = Table(title="Against plain vLLM", caption=caption, caption_justify="left")
+    table.add_column("run")
+    headings = ("greedy: diverge", "not ties", "largest gap", "sampled: p", "distance", "accepted")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, comparison in verdict.comparisons.items():
+        table.add_row(_LABELS[name], *_describe(comparison, verdict.tolerance))
+    return table
+
+
+def _describe(comparison: Comparison, tolerance: float) -> tuple[str, ...]:
+    gaps = [divergence.gap for divergence in comparison.divergences]
+    return (
+        str(len(gaps)),
+        str(len(comparison.lost(tolerance))),
+        f"{max(gaps):.2g}" if gaps else "-",
+        "-" if comparison.p_value is None else f"{comparison.p_value:.2g}",
+        "-" if comparison.distance is None else f"{comparison.distance:.3f}",
+        "-" if comparison.acceptance is None else f"{comparison.acceptance:.0%}",
+    )
+
+
+def write_json(path: Path, config: VerifyConfig, drafted: Result, verdict: Verdict) -> None:
+    """Write all that was found.
+
+    Args:
+        path: The file.
+        config: What was asked for.
+        drafted: What the run with drafts gave.
+        verdict: What the comparisons say.
+    """
+    found = {
+        "is_lossless": not verdict.problems,
+        "problems": verdict.problems,
+        "tolerance_nats": verdict.tolerance,
+        "false_alarm": FALSE_ALARM,
+        "comparisons": {name: asdict(c) for name, c in verdict.comparisons.items()},
+        "setting": {
+            **asdict(config),
+            "runner": drafted.runner,
+            "device": drafted.device,
+            "dtype": drafted.dtype,
+            "speculation": drafted.speculation,
+        },
+    }
+    path.write_text(json.dumps(found, indent=2) + "\n")

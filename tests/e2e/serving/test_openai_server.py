@@ -1,0 +1,122 @@
+"""What else the OpenAI server takes: chat, tool calls, streams, and what vLLM itself refuses."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from tests.e2e.serving.server import Server
+from tests.support.engine_process import RUNNERS
+from tests.support.engines import Engines
+from tests.support.scenarios import Request, Scenario
+
+pytestmark = pytest.mark.engine
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+)
+MESSAGES = [{"role": "user", "content": "which way"}]
+PROMPT = "user: which way\n"
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "turn",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"to": {"enum": ["left", "right"]}, "far": {"type": "boolean"}},
+            "required": ["to", "far"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module", params=RUNNERS)
+def server(
+    request: pytest.FixtureRequest,
+    checkpoint: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    template = folder / "template.jinja"
+    template.write_text(CHAT_TEMPLATE)
+    with Server(
+        folder,
+        str(checkpoint("llama")),
+        "--speculative-model=layerskip",
+        "--num-speculative-tokens=3",
+        "--spec-exit-layer=2",
+        f"--chat-template={template}",
+        "--enable-auto-tool-choice",
+        "--tool-call-parser=hermes",
+        '--structured-outputs-config={"backend": "xgrammar", "disable_any_whitespace": true}',
+        variables=RUNNERS[request.param],
+    ) as server:
+        assert f"Model Runner {request.param.upper()}" in server.log
+        yield server
+
+
+def chat(server: Server, **parameters: Any) -> str:
+    body = {"model": "model", "messages": MESSAGES, "temperature": 0, **parameters}
+    return server.fetch("/v1/chat/completions", body)
+
+
+@pytest.mark.feature("Requests", "chat")
+def test_chat_gives_plain_vllms_text_when_drafting(
+    server: Server, engines: Engines, checkpoint: Callable[..., Path]
+) -> None:
+    model = checkpoint("llama")
+    prompt = tuple(AutoTokenizer.from_pretrained(model).encode(PROMPT))
+    (plain,) = engines.serve("v1", Scenario(str(model), (Request(prompt, {"max_tokens": 20}),)))
+    expected = plain.outputs[0].completions[0].text
+    before = server.counters()
+    answer = json.loads(chat(server, max_tokens=20, ignore_eos=True))
+    assert answer["choices"][0]["message"]["content"] == expected
+    assert server.counters()["num_drafts"] > before["num_drafts"]
+
+
+@pytest.mark.feature("Requests", "streaming")
+def test_stream_gives_the_text_of_the_whole_answer_when_drafting(server: Server) -> None:
+    parameters = {"max_tokens": 20, "ignore_eos": True}
+    whole = json.loads(chat(server, **parameters))["choices"][0]["message"]["content"]
+    lines = chat(server, stream=True, **parameters).splitlines()
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line[6:7] == "{"]
+    texts = [event["choices"][0]["delta"].get("content") or "" for event in events]
+    assert "".join(texts) == whole
+    # Several tokens of a draft come in one event.
+    assert sum(map(bool, texts)) < 20
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "turn"}}], ids=str
+)
+@pytest.mark.feature("Requests", "tool calls")
+def test_tool_is_called_with_valid_arguments_when_drafting(server: Server, choice: Any) -> None:
+    before = server.counters()
+    answer = json.loads(chat(server, tools=[TOOL], tool_choice=choice, max_tokens=120))
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "turn"
+    arguments = json.loads(call["function"]["arguments"])
+    assert arguments["to"] in ("left", "right")
+    assert isinstance(arguments["far"], bool)
+    assert server.counters()["num_drafts"] > before["num_drafts"]
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"min_p": 0.1, "temperature": 1}, {"logit_bias": {"5": 10}}], ids=str
+)
+@pytest.mark.feature("Requests", "`logit_bias`, `min_p`", is_refused=True)
+def test_request_is_refused_when_vllm_cannot_speculate_with_it(
+    server: Server, parameters: dict[str, Any]
+) -> None:
+    with pytest.raises(urllib.error.HTTPError) as error:
+        server.complete("hello", **parameters)
+    assert error.value.code == 400
+    assert "not yet supported with speculative decoding" in error.value.read().decode()

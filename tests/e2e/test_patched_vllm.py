@@ -1,0 +1,132 @@
+"""A vLLM with `patches/vllm-*.diff` runs layerskip through its registry, not through hooks."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerskip_vllm.hooks.install import SUPPORTED_VLLM_VERSIONS
+
+PATCHES = Path(__file__).parents[2] / "patches"
+
+# Runs in a process that imports the patched vLLM: plain tokens, drafted tokens, what was drafted.
+SCRIPT = """
+import json, sys
+import vllm
+from vllm import LLM, SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from layerskip_vllm.hooks.install import hook_state
+from layerskip_vllm.hooks.method_hooks import MENDS, METHOD_HOOKS
+from layerskip_vllm.plugin import register
+
+model = sys.argv[1]
+sizes = dict(dtype="float32", max_model_len=128, max_num_seqs=4, kv_cache_memory_bytes=1 << 24)
+prompts = [{"prompt_token_ids": list(range(2, 2 + n))} for n in (3, 20)]
+def greedy(**kwargs):
+    return SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, **kwargs)
+
+def ask(num_drafts):
+    return greedy(extra_args={"layerskip": {"num_speculative_tokens": num_drafts}})
+
+def count_drafts(llm):
+    values = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+    return values["vllm:spec_decode_num_drafts"], values["vllm:spec_decode_num_draft_tokens"]
+
+def run(params, **kwargs):
+    llm = LLM(model, enforce_eager=True, disable_log_stats=False, **sizes, **kwargs)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    tokens = [output.outputs[0].token_ids for output in outputs]
+    metrics = {m.name: m.value for m in llm.get_metrics() if m.name.endswith("num_accepted_tokens")}
+    return llm, tokens, sum(metrics.values())
+
+register()
+register()
+parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+flags = ["--model", model, "--spec-method", "layerskip", "--spec-exit-layer", "3"]
+from_flags = EngineArgs.from_cli_args(parser.parse_args(flags))
+_, plain, _ = run([greedy(), greedy()])
+# The first request drafts one token at a time, the second none.
+llm, drafted, num_accepted = run(
+    [ask(1), ask(0)], speculative_config={"method": "layerskip", "exit_layer": 4}
+)
+num_drafts, num_draft_tokens = count_drafts(llm)
+try:
+    llm.generate(prompts, ask(5), use_tqdm=False)
+    refusal = ""
+except ValueError as error:
+    refusal = str(error)
+print("result:" + json.dumps({
+    "is_patched": vllm.__file__.startswith(sys.argv[2]),
+    "method_hooks": sorted({hook_state(hook) for hook in METHOD_HOOKS}),
+    "mends": sorted({hook_state(hook) for hook in MENDS}),
+    "exit_layer": from_flags.create_engine_config().speculative_config.exit_layer,
+    "is_equal": plain == drafted,
+    "num_accepted": num_accepted,
+    "num_drafts": num_drafts,
+    "num_draft_tokens": num_draft_tokens,
+    "refusal": refusal,
+}))
+"""
+
+
+@pytest.fixture(scope="module", params=SUPPORTED_VLLM_VERSIONS)
+def patched_site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the installed vLLM, by links, its patched files copied and patched."""
+    site = tmp_path_factory.mktemp("patched")
+    spec = importlib.util.find_spec("vllm")
+    installed = Path(spec.origin).parent
+    diff = PATCHES / f"vllm-{request.param}.diff"
+    shutil.copytree(
+        installed, site / "vllm", copy_function=os.symlink, ignore=shutil.ignore_patterns("*.pyc")
+    )
+    for line in diff.read_text().splitlines():
+        file = site / line.removeprefix("--- a/")
+        if line.startswith("--- a/") and file.is_symlink():
+            original = file.resolve()
+            file.unlink()
+            shutil.copy(original, file)
+    subprocess.run(["git", "apply", "--verbose", str(diff)], cwd=site, check=True)
+    return site
+
+
+@pytest.mark.engine
+def test_registry_serves_layerskip_without_method_hooks_when_vllm_is_patched(
+    patched_site: Path, checkpoint: Callable[..., Path]
+) -> None:
+    result = _run_script(patched_site, checkpoint("llama"))
+    assert result["is_patched"]
+    assert result["method_hooks"] == ["not installed"]
+    assert result["mends"] == ["applied"]
+    assert result["exit_layer"] == 3
+    assert result["is_equal"]
+    assert 0 < result["num_accepted"] <= result["num_draft_tokens"] == result["num_drafts"]
+    assert "is 5; it must be an integer from 0" in result["refusal"]
+
+
+def _run_script(site: Path, model: Path) -> dict[str, Any]:
+    environment = os.environ | {
+        "PYTHONPATH": f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(model), str(site)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("result:"))
+    return json.loads(line.removeprefix("result:"))

@@ -1,0 +1,127 @@
+"""The demo's command line, the commands it runs, and the versions of the tools."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.serving.demo import build_setting, main, parse_args
+from benchmarks.serving.vllm_command import (
+    LAYERSKIP,
+    PLAIN,
+    build_commands,
+    build_env,
+    resolve_vllm,
+)
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_parse_args_passes_on_what_follows_the_dashes():
+    args = parse_args(["--rounds", "1", "--", "--enforce-eager", "--seed=3"])
+    assert args.rounds == 1
+    assert args.vllm_args == ["--enforce-eager", "--seed=3"]
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "2.5", "many", ""])
+def test_parse_args_names_option_and_value_when_a_number_is_wrong(value, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse_args([f"--concurrency={value}"])
+    message = capsys.readouterr().err
+    assert "--concurrency" in message
+    assert f"{value!r}; it must be an integer of at least 1" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_layer", "num_speculative_tokens"),
+    [([], 2, 3), (["--exit-layer=1", "--num-speculative-tokens=5"], 1, 5)],
+)
+def test_setting_has_the_checkpoints_own_unless_told(
+    arguments, exit_layer, num_speculative_tokens, tmp_path
+):
+    layerskip = {"exit_layer": 2, "num_speculative_tokens": 3}
+    config = {"model_type": "llama", "num_hidden_layers": 6, "layerskip": layerskip}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    setting = build_setting(
+        parse_args(["--model", str(tmp_path), *arguments]), {"plain": ["vllm", "serve", "a b"]}
+    )
+    assert setting.exit_layer == exit_layer
+    assert setting.num_speculative_tokens == num_speculative_tokens
+    assert setting.num_layers == 6
+    assert setting.commands == {"plain": "vllm serve 'a b'"}
+
+
+def test_main_names_the_model_when_it_does_not_exist(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    status = main(["--model", "./no-such-folder", "--output-dir", str(tmp_path)])
+    assert status == 2
+    assert "--model is './no-such-folder'" in capsys.readouterr().out
+
+
+def test_main_names_the_limit_when_there_are_too_few_prompts(capsys):
+    assert main(["--num-prompts", "1000000"]) == 2
+    assert "num_prompts must be at most" in capsys.readouterr().out
+
+
+def test_commands_differ_in_the_speculative_flags_alone():
+    commands = build_commands("m", "float32", 4, 6, ["--enforce-eager"])
+    plain, layerskip = commands[PLAIN], commands[LAYERSKIP]
+    assert plain[:3] == ["vllm", "serve", "m"]
+    assert "--enforce-eager" in plain
+    assert layerskip[: len(plain)] == plain
+    assert layerskip[len(plain) :] == [
+        "--speculative-model=layerskip",
+        "--num-speculative-tokens=6",
+        "--spec-exit-layer=4",
+    ]
+
+
+def test_commands_leave_out_what_the_checkpoint_says_itself():
+    assert build_commands("m", "float32")[LAYERSKIP][-1] == "--speculative-model=layerskip"
+
+
+def test_env_of_the_plain_server_loads_no_plugin(tmp_path):
+    plain = build_env(PLAIN, str(tmp_path), is_gpu=False)
+    layerskip = build_env(LAYERSKIP, str(tmp_path), is_gpu=False)
+    assert plain["VLLM_PLUGINS"] == ""
+    assert {key: plain[key] for key in plain if key != "VLLM_PLUGINS"} == layerskip
+    assert plain["HF_HUB_OFFLINE"] == "1"
+
+
+def test_env_preloads_openmp_on_the_cpu_alone(tmp_path, monkeypatch):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libiomp5.so").touch()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setenv("LD_PRELOAD", "other.so")
+    openmp = str(tmp_path / "lib" / "libiomp5.so")
+    assert build_env(PLAIN, "m", is_gpu=False)["LD_PRELOAD"] == f"other.so:{openmp}"
+    assert build_env(PLAIN, "m", is_gpu=True)["LD_PRELOAD"] == "other.so"
+
+
+def test_resolve_vllm_raises_when_this_python_has_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(ValueError, match="make setup"):
+        resolve_vllm(["vllm", "serve"])
+
+
+def test_pre_commit_has_the_versions_that_the_setup_installs():
+    pinned = set((ROOT / "scripts" / "constraints.txt").read_text().splitlines())
+    text = (ROOT / ".pre-commit-config.yaml").read_text()
+    found = re.findall(r"additional_dependencies: \[(.*)\]", text)
+    assert found
+    assert set(found) <= pinned
+
+
+def test_env_leaves_a_core_to_the_server_on_the_cpu_alone(monkeypatch):
+    name = "VLLM_CPU_NUM_OF_RESERVED_CPU"
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert build_env(LAYERSKIP, "m", is_gpu=False)[name] == "1"
+    assert name not in build_env(LAYERSKIP, "m", is_gpu=True)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert name not in build_env(LAYERSKIP, "m", is_gpu=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setenv(name, "4")
+    assert build_env(LAYERSKIP, "m", is_gpu=False)[name] == "4"
