@@ -113,7 +113,7 @@ async def send(session: aiohttp.ClientSession, request: Request) -> Outcome:
         end = End.CANCELLED
     except (Fault, StreamError) as error:
         end, reason = End.FAULT, str(error)
-    except (asyncio.TimeoutError, TimeoutError):
+    except TimeoutError:
         if request.cancel_after_s is not None:
             end = End.CANCELLED
         else:

@@ -79,7 +79,7 @@ class Monitor:
             await asyncio.sleep(interval_s)
             try:
                 await self.look()
-            except (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError):
+            except (TimeoutError, aiohttp.ClientError, OSError, ValueError):
                 continue
 
 

@@ -213,7 +213,7 @@ async def _wait_until_idle(
                 await response.read()
             if (await monitor.look()).load == (0, 0, 0.0):
                 return True
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError):
+        except (TimeoutError, aiohttp.ClientError, OSError, ValueError):
             pass
         await asyncio.sleep(0.5)
     return False
@@ -223,5 +223,5 @@ async def _is_healthy(session: aiohttp.ClientSession) -> bool:
     try:
         async with session.get("health") as response:
             return response.status == 200
-    except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
+    except (TimeoutError, aiohttp.ClientError, OSError):
         return False
