@@ -23,7 +23,6 @@ from benchmarks.serving.comparison import Comparison, compare
 from benchmarks.serving.picture import draw_comparison
 from benchmarks.serving.report import RunSetting, build_table, write_json
 from benchmarks.serving.rounds import ask, measure_in_turns
-from benchmarks.serving.server import Server, ServerError
 from benchmarks.serving.vllm_command import (
     LAYERSKIP,
     PLAIN,
@@ -34,6 +33,7 @@ from benchmarks.serving.vllm_command import (
 from layerskip_vllm.checkpoint.entry import default_settings
 from layerskip_vllm.tools.server.counters import SpecDecodeCounters, parse_spec_decode_counters
 from layerskip_vllm.tools.server.event_stream import StreamError
+from layerskip_vllm.tools.server.process import Server, ServerError
 from layerskip_vllm.tools.stdlib_corpus import held_out_prompts
 
 _DEFAULT_MODEL = "checkpoints/stdlib-24l"
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("Interrupted; the servers are stopped.")
         return 128 + signal.SIGINT
-    except (ServerError, StreamError, aiohttp.ClientError, TimeoutError, ValueError) as error:
+    except (ServerError, StreamError, aiohttp.ClientError, OSError, ValueError) as error:
         console.print("[bold red]error:[/]", end=" ")
         console.print(str(error) or repr(error), markup=False, highlight=False, soft_wrap=True)
         return 2
@@ -193,7 +193,7 @@ def _prepare_server(args: argparse.Namespace, name: str, command: Sequence[str])
 
 
 def _read_counters(server: Server) -> SpecDecodeCounters:
-    return parse_spec_decode_counters(server.get("/metrics"))
+    return parse_spec_decode_counters(server.fetch("/metrics"))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from benchmarks.serving.client import Round, complete_round, ignore_tokens
-from benchmarks.serving.server import Server
 from benchmarks.serving.vllm_command import SERVED_MODEL_NAME
 from layerskip_vllm.tools.server.event_stream import StreamError
+from layerskip_vllm.tools.server.process import Server
 
 
 def ask(
@@ -46,7 +46,7 @@ def ask(
     try:
         return asyncio.run(
             complete_round(
-                server.base_url, SERVED_MODEL_NAME, prompts, max_tokens, concurrency, on_tokens
+                server.url, SERVED_MODEL_NAME, prompts, max_tokens, concurrency, on_tokens
             )
         )
     except (StreamError, aiohttp.ClientError):

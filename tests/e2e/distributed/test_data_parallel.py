@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.serving.server import Server
+from tests.e2e.serving.server import ModelServer
 from tests.support.engine_process import REPOSITORY, RUNNERS
 from tests.support.engines import Engines
 from tests.support.scenarios import Request, Scenario, tokens
@@ -31,7 +31,7 @@ PROMPTS = tuple(tokens(length) for length in (17, 40, 9, 32))
 class Service:
     """A server with two data-parallel ranks, and what plain vLLM answers to `PROMPTS`."""
 
-    server: Server
+    server: ModelServer
     has_experts: bool
     expected: list[list[int]]
 
@@ -63,10 +63,10 @@ def service(
     paths = [RUNNERS[runner].get("PYTHONPATH"), str(REPOSITORY), os.environ.get("PYTHONPATH")]
     variables = {
         **RUNNERS[runner],
-        "VLLM_SERVER_DEV_MODE": "1",  # for `Server.call_workers`
+        "VLLM_SERVER_DEV_MODE": "1",  # for `ModelServer.call_workers`
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
-    with Server(
+    with ModelServer(
         tmp_path_factory.mktemp("server"),
         str(model),
         "--data-parallel-size=2",

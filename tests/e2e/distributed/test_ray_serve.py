@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from layerskip_vllm.tools.server.process import find_free_port
 from tests.e2e.distributed.ray_example import EXIT_LAYER, IS_ON, Example, K, engine_flag
-from tests.e2e.serving.server import find_free_port
 from tests.support.engine_process import EngineProcess
 from tests.support.ray_cluster import RayCluster
 from tests.support.scenarios import Request, Scenario, layerskip, tokens

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 
 from layerskip_vllm.tools.commands import main
-from tests.e2e.serving.server import Server
+from tests.e2e.serving.server import ModelServer
 
 MODEL = "checkpoints/stdlib-24l"
 # 85 blocks of 32 tokens: less than 16 requests need, so that some are preempted.
 FLAGS = [
-    "--host=127.0.0.1",
     "--dtype=float32",
     "--enforce-eager",
     "--max-num-seqs=16",
@@ -27,14 +26,14 @@ FLAGS = [
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Plain vLLM's answers."""
     folder = tmp_path_factory.mktemp("plain")
-    with Server(folder, MODEL, flags=FLAGS) as plain:
+    with ModelServer(folder, MODEL, flags=FLAGS) as plain:
         assert main(["soak", plain.url, "--record", str(folder / "answers.json")]) == 0
     return folder / "answers.json"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServer]:
     """A server that drafts."""
     folder = tmp_path_factory.mktemp("server")
-    with Server(folder, MODEL, "--speculative-model=layerskip", flags=FLAGS) as server:
+    with ModelServer(folder, MODEL, "--speculative-model=layerskip", flags=FLAGS) as server:
         yield server

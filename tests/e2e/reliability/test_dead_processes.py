@@ -17,7 +17,7 @@ from layerskip_vllm.tools.soak.client import End, Outcome, send
 from layerskip_vllm.tools.soak.monitor import Monitor
 from layerskip_vllm.tools.soak.questions import Question
 from layerskip_vllm.tools.soak.traffic import Traffic
-from tests.e2e.serving.server import FLAGS, Server
+from tests.e2e.serving.server import FLAGS, ModelServer
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
@@ -33,7 +33,7 @@ LONG = Question(
 @pytest.fixture(scope="module")
 def make_server(
     checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[], Server]:
+) -> Callable[[], ModelServer]:
     """Servers alike, each with two tensor-parallel workers."""
     arguments = [
         str(checkpoint("llama")),
@@ -42,10 +42,10 @@ def make_server(
         "--tensor-parallel-size=2",
     ]
     flags = [flag for flag in FLAGS if "max-model-len" not in flag] + ["--max-model-len=512"]
-    return lambda: Server(tmp_path_factory.mktemp("server"), *arguments, flags=flags)
+    return lambda: ModelServer(tmp_path_factory.mktemp("server"), *arguments, flags=flags)
 
 
-def find_process(server: Server, name: str) -> psutil.Process:
+def find_process(server: ModelServer, name: str) -> psutil.Process:
     """The last of a server's processes with a name."""
     processes = psutil.Process(server.pid).children(recursive=True)
     *_, found = [process for process in processes if name in " ".join(process.cmdline())]
@@ -60,7 +60,7 @@ async def wait_for_tokens(session: aiohttp.ClientSession) -> None:
         await asyncio.sleep(0.05)
 
 
-async def kill_while_asked(server: Server, name: str) -> list[Outcome]:
+async def kill_while_asked(server: ModelServer, name: str) -> list[Outcome]:
     """Open requests, streams and others, kill a process, ask once more: what becomes of them."""
     traffic = Traffic(await inspect(server.url), [LONG], seed=0)
     async with await open_session(server.url, timeout_s=120) as session:
@@ -82,7 +82,7 @@ def is_error(reason: str) -> bool:
     return reason.startswith(("status 5", "the connection broke", "the server reports"))
 
 
-def ask(server: Server) -> list[int]:
+def ask(server: ModelServer) -> list[int]:
     """A short greedy answer."""
     answer = server.complete("hello", max_tokens=24, ignore_eos=True, return_token_ids=True)
     return answer["choices"][0]["token_ids"]
@@ -96,7 +96,7 @@ def answers() -> list[list[int]]:
 
 @pytest.mark.parametrize("name", ["Worker", "EngineCore"])
 def test_server_ends_with_errors_when_a_process_is_killed(
-    make_server: Callable[[], Server], answers: list[list[int]], name: str
+    make_server: Callable[[], ModelServer], answers: list[list[int]], name: str
 ) -> None:
     with make_server() as server:
         answers.append(ask(server))
@@ -112,7 +112,7 @@ def test_server_ends_with_errors_when_a_process_is_killed(
 
 
 def test_server_answers_alike_when_earlier_ones_were_killed(
-    make_server: Callable[[], Server], answers: list[list[int]]
+    make_server: Callable[[], ModelServer], answers: list[list[int]]
 ) -> None:
     with make_server() as server:
         answers.append(ask(server))

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from layerskip_vllm.tools.commands import main
-from tests.e2e.serving.server import Server
+from tests.e2e.serving.server import ModelServer
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 MINUTES = 3
 
 
-def soak(server: Server, folder: Path, *options: str) -> dict[str, Any]:
+def soak(server: ModelServer, folder: Path, *options: str) -> dict[str, Any]:
     """Run the command, which must find nothing: its report."""
     file = folder / "report.json"
     status = main(["soak", server.url, f"--output={file}", *options])
@@ -33,7 +33,7 @@ def num_preempted(report: dict[str, Any]) -> float:
 
 
 def test_server_answers_alike_when_its_kv_cache_is_full(
-    server: Server, reference: Path, tmp_path: Path
+    server: ModelServer, reference: Path, tmp_path: Path
 ) -> None:
     report = soak(
         server,
@@ -48,7 +48,7 @@ def test_server_answers_alike_when_its_kv_cache_is_full(
 
 
 def test_server_frees_everything_when_all_clients_leave(
-    server: Server, reference: Path, tmp_path: Path
+    server: ModelServer, reference: Path, tmp_path: Path
 ) -> None:
     kinds = ["--kinds", "cancelled stream", "cancelled", "cancelled samples"]
     report = soak(
@@ -58,7 +58,7 @@ def test_server_frees_everything_when_all_clients_leave(
 
 
 def test_server_refuses_each_when_10_000_requests_are_malformed(
-    server: Server, reference: Path, tmp_path: Path
+    server: ModelServer, reference: Path, tmp_path: Path
 ) -> None:
     report = soak(server, tmp_path, "--kinds=malformed", "--requests=10000", "--minutes=10")
     assert report["total"]["refused"] == report["total"]["sent"] >= 10_000
@@ -68,7 +68,7 @@ def test_server_refuses_each_when_10_000_requests_are_malformed(
 
 # The last, on a server that is warm: its memory must be flat.
 def test_server_holds_when_traffic_is_mixed_for_minutes(
-    server: Server, reference: Path, tmp_path: Path
+    server: ModelServer, reference: Path, tmp_path: Path
 ) -> None:
     report = soak(
         server,

@@ -1,22 +1,16 @@
-"""A `vllm serve` of its own for tests: its processes, its log and its HTTP interface."""
+"""A `vllm serve` of its own for tests, with flags and an environment that a busy CPU can bear."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+
+from layerskip_vllm.tools.server.process import Server
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -30,7 +24,6 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 FLAGS = [
-    "--host=127.0.0.1",
     "--served-model-name=model",
     "--dtype=float32",
     "--enforce-eager",
@@ -52,7 +45,7 @@ def command(*arguments: str) -> list[str]:
     return [str(Path(sys.executable).with_name("vllm")), "serve", *arguments]
 
 
-class Server:
+class ModelServer(Server):
     """Serves a model from `__enter__` to `__exit__`, which ends all of its processes."""
 
     def __init__(
@@ -71,56 +64,8 @@ class Server:
             flags: The flags that it has besides.
         """
         self.folder = folder
-        self.arguments = [*arguments, *flags]
-        self.variables = {"VLLM_CACHE_ROOT": str(folder / "cache"), **(variables or {})}
-        self.port = find_free_port()
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> Server:
-        with (self.folder / "log").open("wb") as log:
-            self._process = subprocess.Popen(
-                command(*self.arguments, f"--port={self.port}"),
-                env=environment(**self.variables),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        try:
-            self._wait_until_ready(timeout_s=400)
-        except BaseException:
-            self._end()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._end()
-
-    @property
-    def pid(self) -> int:
-        """The API server's process."""
-        assert self._process is not None
-        return self._process.pid
-
-    def wait(self, timeout_s: float) -> None:
-        """Wait for it to end by itself; its exit status is vLLM's affair, 0 after a dead engine."""
-        assert self._process is not None
-        self._process.wait(timeout_s)
-
-    @property
-    def url(self) -> str:
-        """Its address."""
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def log(self) -> str:
-        """What the processes have written so far."""
-        return (self.folder / "log").read_text(errors="replace")
+        env = environment(**{"VLLM_CACHE_ROOT": str(folder / "cache"), **(variables or {})})
+        super().__init__("tested", command(*arguments, *flags), folder / "log", env, 400)
 
     def complete(
         self, prompt: str | Sequence[int], rank: int | None = None, **parameters: Any
@@ -149,47 +94,3 @@ class Server:
                 position = re.search(r'position="(\d+)"', match[2])
                 found[match[1] + (f"[{position[1]}]" if position else "")] = float(match[3])
         return found
-
-    def fetch(self, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> str:
-        """GET a path, or POST JSON to it: the response's text."""
-        request = urllib.request.Request(
-            self.url + path,
-            None if body is None else json.dumps(body).encode(),
-            {"Content-Type": "application/json", **(headers or {})},
-        )
-        # No proxy of the environment's for this machine itself.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=120) as response:
-            return response.read().decode()
-
-    def _wait_until_ready(self, timeout_s: float) -> None:
-        assert self._process is not None
-        end = time.monotonic() + timeout_s
-        while time.monotonic() < end:
-            if self._process.poll() is not None:
-                break
-            with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-                self.fetch("/health")
-                return
-            time.sleep(0.5)
-        status = self._process.poll()
-        raise AssertionError(
-            f"the server did not come up (exit status {status}); its log ends:\n{self.log[-6000:]}"
-        )
-
-    def _end(self) -> None:
-        assert self._process is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self._process.wait()
-
-
-def find_free_port() -> int:
-    """A port of 127.0.0.1 that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from tests.e2e.serving.server import Server
+from tests.e2e.serving.server import ModelServer
 from tests.support.engine_process import RUNNERS
 from tests.support.engines import Engines
 from tests.support.scenarios import Request, Scenario
@@ -43,11 +43,11 @@ def server(
     request: pytest.FixtureRequest,
     checkpoint: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Server]:
+) -> Iterator[ModelServer]:
     folder = tmp_path_factory.mktemp("server")
     template = folder / "template.jinja"
     template.write_text(CHAT_TEMPLATE)
-    with Server(
+    with ModelServer(
         folder,
         str(checkpoint("llama")),
         "--speculative-model=layerskip",
@@ -63,14 +63,14 @@ def server(
         yield server
 
 
-def chat(server: Server, **parameters: Any) -> str:
+def chat(server: ModelServer, **parameters: Any) -> str:
     body = {"model": "model", "messages": MESSAGES, "temperature": 0, **parameters}
     return server.fetch("/v1/chat/completions", body)
 
 
 @pytest.mark.feature("Requests", "chat")
 def test_chat_gives_plain_vllms_text_when_drafting(
-    server: Server, engines: Engines, checkpoint: Callable[..., Path]
+    server: ModelServer, engines: Engines, checkpoint: Callable[..., Path]
 ) -> None:
     model = checkpoint("llama")
     prompt = tuple(AutoTokenizer.from_pretrained(model).encode(PROMPT))
@@ -83,7 +83,7 @@ def test_chat_gives_plain_vllms_text_when_drafting(
 
 
 @pytest.mark.feature("Requests", "streaming")
-def test_stream_gives_the_text_of_the_whole_answer_when_drafting(server: Server) -> None:
+def test_stream_gives_the_text_of_the_whole_answer_when_drafting(server: ModelServer) -> None:
     parameters = {"max_tokens": 20, "ignore_eos": True}
     whole = json.loads(chat(server, **parameters))["choices"][0]["message"]["content"]
     lines = chat(server, stream=True, **parameters).splitlines()
@@ -98,7 +98,9 @@ def test_stream_gives_the_text_of_the_whole_answer_when_drafting(server: Server)
     "choice", ["required", {"type": "function", "function": {"name": "turn"}}], ids=str
 )
 @pytest.mark.feature("Requests", "tool calls")
-def test_tool_is_called_with_valid_arguments_when_drafting(server: Server, choice: Any) -> None:
+def test_tool_is_called_with_valid_arguments_when_drafting(
+    server: ModelServer, choice: Any
+) -> None:
     before = server.counters()
     answer = json.loads(chat(server, tools=[TOOL], tool_choice=choice, max_tokens=120))
     (call,) = answer["choices"][0]["message"]["tool_calls"]
@@ -114,7 +116,7 @@ def test_tool_is_called_with_valid_arguments_when_drafting(server: Server, choic
 )
 @pytest.mark.feature("Requests", "`logit_bias`, `min_p`", is_refused=True)
 def test_request_is_refused_when_vllm_cannot_speculate_with_it(
-    server: Server, parameters: dict[str, Any]
+    server: ModelServer, parameters: dict[str, Any]
 ) -> None:
     with pytest.raises(urllib.error.HTTPError) as error:
         server.complete("hello", **parameters)

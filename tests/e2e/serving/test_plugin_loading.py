@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from layerskip_vllm.hooks.method_hooks import HOOKS
-from tests.e2e.serving.server import Server, environment
+from tests.e2e.serving.server import ModelServer, environment
 
 ARGS_HOOKS = {hook.target for hook in HOOKS if ":EngineArgs." in hook.target}
 V1_HOOK = "vllm.v1.spec_decode.draft_model:DraftModelProposer.__new__"
@@ -64,7 +64,7 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(
     checkpoint: Callable[..., Path], probe: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
+) -> Iterator[ModelServer]:
     """A server with two tensor-parallel workers, configured by a YAML file."""
     folder = tmp_path_factory.mktemp("server")
     (folder / "config.yaml").write_text(YAML)
@@ -73,7 +73,7 @@ def server(
         "VLLM_TEST_PROBE": str(folder),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     }
-    with Server(
+    with ModelServer(
         folder,
         str(checkpoint("llama")),
         "--config",
@@ -87,7 +87,7 @@ def server(
 
 
 @pytest.fixture(scope="module")
-def processes(server: Server) -> dict[int, dict[str, Any]]:
+def processes(server: ModelServer) -> dict[int, dict[str, Any]]:
     """What the probes have written, by process."""
     return {int(file.stem): json.loads(file.read_text()) for file in server.folder.glob("*.json")}
 
@@ -98,7 +98,7 @@ def find(processes: dict[int, dict[str, Any]], name: str) -> dict[int, dict[str,
 
 @pytest.mark.engine
 def test_plugin_is_loaded_in_the_api_server_when_serving(
-    server: Server, processes: dict[int, dict[str, Any]]
+    server: ModelServer, processes: dict[int, dict[str, Any]]
 ) -> None:
     states = processes[server.pid]["states"]
     assert {states[target] for target in ARGS_HOOKS} == {"applied"}
@@ -107,7 +107,7 @@ def test_plugin_is_loaded_in_the_api_server_when_serving(
 
 @pytest.mark.engine
 def test_plugin_is_loaded_in_the_engine_core_when_serving(
-    server: Server, processes: dict[int, dict[str, Any]]
+    server: ModelServer, processes: dict[int, dict[str, Any]]
 ) -> None:
     (core,) = find(processes, "EngineCore").values()
     assert core["parent"] == server.pid
@@ -129,7 +129,7 @@ def test_plugin_is_loaded_in_each_worker_when_serving_with_tensor_parallelism(
 
 @pytest.mark.engine
 def test_workers_draft_as_the_yaml_file_says_when_serving_with_tensor_parallelism(
-    server: Server,
+    server: ModelServer,
 ) -> None:
     assert "layerskip is on: layers [0, 4) of 8 draft 5 tokens a step" in server.log
     counters = server.counters()

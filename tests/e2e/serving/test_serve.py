@@ -16,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from layerskip_vllm.checkpoint.weight_shares import read_shares
-from tests.e2e.serving.server import FLAGS, Server, command, environment
+from tests.e2e.serving.server import FLAGS, ModelServer, command, environment
 
 pytestmark = pytest.mark.engine
 
@@ -26,9 +26,9 @@ NUM_SPECULATIVE_TOKENS = 3
 @pytest.fixture(scope="module")
 def server(
     checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
+) -> Iterator[ModelServer]:
     """A server whose drafts are made by all layers, so that none is refused when greedy."""
-    with Server(
+    with ModelServer(
         tmp_path_factory.mktemp("server"),
         str(checkpoint("llama")),
         "--speculative-model=layerskip",
@@ -39,7 +39,7 @@ def server(
         yield server
 
 
-def test_server_accepts_every_draft_when_all_layers_draft(server: Server) -> None:
+def test_server_accepts_every_draft_when_all_layers_draft(server: ModelServer) -> None:
     before = server.counters()
     # Each step verifies three drafts and adds a token; the first token comes without drafts.
     response = server.complete("hello", max_tokens=13, ignore_eos=True)
@@ -67,7 +67,7 @@ def test_server_accepts_every_draft_when_all_layers_draft(server: Server) -> Non
     }
 
 
-def test_dashboard_names_only_metrics_that_a_server_has_when_scraped(server: Server) -> None:
+def test_dashboard_names_only_metrics_that_a_server_has_when_scraped(server: ModelServer) -> None:
     server.complete("hello", max_tokens=13, ignore_eos=True)
     labels: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(server.fetch("/metrics")):
@@ -90,7 +90,7 @@ def test_dashboard_names_only_metrics_that_a_server_has_when_scraped(server: Ser
     assert "position" in labels["vllm:spec_decode_num_accepted_tokens_per_pos_total"]
 
 
-def test_watch_shows_what_a_server_accepts_when_it_drafts(server: Server) -> None:
+def test_watch_shows_what_a_server_accepts_when_it_drafts(server: ModelServer) -> None:
     watching = subprocess.Popen(
         [
             sys.executable,
@@ -114,7 +114,7 @@ def test_watch_shows_what_a_server_accepts_when_it_drafts(server: Server) -> Non
     assert re.search(r"tokens a verification +4\.00", shown)
 
 
-def test_server_refuses_some_drafts_when_sampling(server: Server) -> None:
+def test_server_refuses_some_drafts_when_sampling(server: ModelServer) -> None:
     before = server.counters()
     response = server.complete("hello", max_tokens=40, ignore_eos=True, temperature=1.0, seed=1)
     drafting = response["metrics"]["speculative_decoding"]
@@ -128,7 +128,7 @@ def test_server_refuses_some_drafts_when_sampling(server: Server) -> None:
         assert after[name] - before[name] == drafting[key]
 
 
-def test_server_gives_the_same_text_when_asked_again(server: Server) -> None:
+def test_server_gives_the_same_text_when_asked_again(server: ModelServer) -> None:
     texts = {
         server.complete("the same prompt", max_tokens=24, ignore_eos=True)["choices"][0]["text"]
         for _ in range(2)
@@ -136,7 +136,7 @@ def test_server_gives_the_same_text_when_asked_again(server: Server) -> None:
     assert len(texts) == 1
 
 
-def ask(server: Server, entry: Any, **parameters: Any) -> dict[str, Any]:
+def ask(server: ModelServer, entry: Any, **parameters: Any) -> dict[str, Any]:
     """Complete a prompt with a value of `vllm_xargs`; the response, or the error's."""
     xargs = {} if entry is None else {"vllm_xargs": {"layerskip": entry}}
     parameters = {"max_tokens": 13, "ignore_eos": True, **parameters}
@@ -151,7 +151,7 @@ def drafted(response: dict[str, Any]) -> list[int]:
     return response["metrics"]["speculative_decoding"].get("per_step_drafted") or []
 
 
-def test_request_drafts_its_number_when_it_says_so_over_http(server: Server) -> None:
+def test_request_drafts_its_number_when_it_says_so_over_http(server: ModelServer) -> None:
     entries = [None, '{"num_speculative_tokens": 0}', '{"num_speculative_tokens": 1}', "{}"]
     with ThreadPoolExecutor() as pool:
         responses = list(pool.map(lambda entry: ask(server, entry), entries))
@@ -173,7 +173,7 @@ def test_request_drafts_its_number_when_it_says_so_over_http(server: Server) -> 
     ],
 )
 def test_request_is_refused_alone_when_its_number_is_wrong_over_http(
-    server: Server, entry: Any, message: str
+    server: ModelServer, entry: Any, message: str
 ) -> None:
     with ThreadPoolExecutor() as pool:
         other = pool.submit(ask, server, None)
@@ -184,7 +184,7 @@ def test_request_is_refused_alone_when_its_number_is_wrong_over_http(
 
 
 def test_worker_logs_that_layerskip_is_on_when_it_drafts(
-    server: Server, checkpoint: Callable[..., Path]
+    server: ModelServer, checkpoint: Callable[..., Path]
 ) -> None:
     (line,) = re.findall(r"\((\w+) pid=\d+\) INFO .*\] (layerskip is on: .*)", server.log)
     process, text = line
@@ -194,7 +194,7 @@ def test_worker_logs_that_layerskip_is_on_when_it_drafts(
     shares = read_shares(checkpoint("llama"), num_layers=8, exit_layer=8)
     # What the doctor reads from the files is what the worker finds in the loaded model.
     assert [float(part) for part in logged.groups()] == pytest.approx(
-        [100 * share for share in shares], abs=0.1
+        [100 * shares.layers, 100 * shares.head], abs=0.1
     )
 
 

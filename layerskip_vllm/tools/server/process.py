@@ -1,20 +1,24 @@
 """Starts `vllm serve` as a process group of its own on a free loopback port, and ends all of it.
 
-`demo` runs two of them; whatever happens in the `with` block, no process is left behind.
+The benchmarks and the tests serve with it; whatever happens in the `with` block, no process is
+left behind.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import json
 import os
 import signal
 import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import Any, Self
 
 HOST = "127.0.0.1"
 _NUM_PORT_ATTEMPTS = 3
@@ -28,7 +32,7 @@ class ServerError(RuntimeError):
 
 
 def find_free_port() -> int:
-    """Returns a loopback port that nobody listens on now."""
+    """Return a loopback port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
@@ -43,10 +47,6 @@ class Server:
         log_path: Where its output goes.
     """
 
-    name: str
-    port: int
-    log_path: Path
-
     def __init__(
         self,
         name: str,
@@ -55,7 +55,7 @@ class Server:
         env: Mapping[str, str] | None = None,
         start_timeout_s: float = 1800,
     ) -> None:
-        """Prepares a server; nothing is started yet.
+        """Prepare a server; nothing is started yet.
 
         Args:
             name: What messages call it.
@@ -66,19 +66,30 @@ class Server:
         """
         self.name = name
         self.port = 0
-        self._command = list(command)
         self.log_path = log_path
+        self._command = list(command)
         self._env = env
         self._start_timeout_s = start_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
-    def base_url(self) -> str:
+    def url(self) -> str:
         """The server's address."""
         return f"http://{HOST}:{self.port}"
 
-    def __enter__(self) -> Server:
-        """Starts the server and waits until it answers.
+    @property
+    def pid(self) -> int:
+        """The process that was started, which is the API server's."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def log(self) -> str:
+        """What all of its processes have written so far."""
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    def __enter__(self) -> Self:
+        """Start the server and wait until it answers.
 
         Returns:
             The server itself.
@@ -92,7 +103,7 @@ class Server:
                 if self._wait_until_up():
                     return self
                 is_last = attempt == _NUM_PORT_ATTEMPTS - 1
-                if is_last or "ddress already in use" not in self._read_log():
+                if is_last or "ddress already in use" not in self.log:
                     break
             raise ServerError(self._describe_failure("ended before it was up"))
         except BaseException:
@@ -105,11 +116,11 @@ class Server:
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Ends the server and all of its processes."""
+        """End the server and all of its processes."""
         self.stop()
 
     def check_alive(self) -> None:
-        """Does nothing while the server runs.
+        """Do nothing while the server runs.
 
         Raises:
             ServerError: If it has ended; the message has the end of its log.
@@ -117,40 +128,45 @@ class Server:
         if self._process is None or self._process.poll() is not None:
             raise ServerError(self._describe_failure("has ended"))
 
-    def get(self, path: str) -> str:
-        """Asks the server for a page.
+    def fetch(self, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> str:
+        """GET a path, or POST JSON to it.
 
         Args:
             path: Path on the server, such as `/metrics`.
+            body: What is sent as JSON; None for a GET.
+            headers: More headers.
 
         Returns:
             The answer's body.
 
         Raises:
-            ServerError: If the server is gone or the status is not 200.
+            ServerError: If the server is gone.
+            urllib.error.HTTPError: If the status is no success.
         """
         self.check_alive()
-        status, body = self._request(path, timeout_s=30)
-        if status != 200:
-            raise ServerError(f"GET {path} of the {self.name} server: status {status}.")
-        return body
+        return self._request(path, body, headers, timeout_s=120)
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for it to end by itself; its exit status is vLLM's affair, 0 after a dead engine."""
+        assert self._process is not None
+        self._process.wait(timeout_s)
 
     def stop(self) -> None:
-        """Ends the server: first it alone, so that it ends its workers, then what is left of them.
+        """End the server: first it alone, so that it ends its workers, then what is left of them.
 
         A second Ctrl-C while it waits only makes it quicker.
         """
         if self._process is None:
             return
-        group = self._process.pid
         try:
             if self._process.poll() is None:
                 self._process.terminate()
             deadline_s = time.monotonic() + _STOP_GRACE_S
-            while _is_group_alive(group, self._process) and time.monotonic() < deadline_s:
+            while self._is_group_alive() and time.monotonic() < deadline_s:
                 time.sleep(_POLL_INTERVAL_S)
         finally:
-            _kill_group(group)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
 
@@ -159,73 +175,63 @@ class Server:
         self.port = find_free_port()
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("wb") as log:
-            self._process = _popen(
-                [*self._command, "--host", HOST, "--port", str(self.port)], log, self._env
+            # A session of its own: Ctrl-C reaches this process only, which then ends the group in
+            # order.
+            self._process = subprocess.Popen(
+                [*self._command, f"--host={HOST}", f"--port={self.port}"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._env,
+                start_new_session=True,
             )
 
     def _wait_until_up(self) -> bool:
-        """Returns True once the server answers, False if it ends before."""
+        """Return True once the server answers, False if it ends before."""
         assert self._process is not None
         deadline_s = time.monotonic() + self._start_timeout_s
         while time.monotonic() < deadline_s:
             if self._process.poll() is not None:
                 return False
-            try:
-                status, _ = self._request("/health", timeout_s=5)
-            except (OSError, http.client.HTTPException):
-                status = 0
-            if status == 200:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                self._request("/health", timeout_s=5)
                 return True
             time.sleep(_POLL_INTERVAL_S)
         raise ServerError(self._describe_failure(f"was not up in {self._start_timeout_s:.0f} s"))
 
-    def _request(self, path: str, timeout_s: float) -> tuple[int, str]:
-        connection = http.client.HTTPConnection(HOST, self.port, timeout=timeout_s)
-        try:
-            connection.request("GET", path)
-            response = connection.getresponse()
-            return response.status, response.read().decode()
-        finally:
-            connection.close()
+    def _request(
+        self,
+        path: str,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+        *,
+        timeout_s: float,
+    ) -> str:
+        request = urllib.request.Request(
+            self.url + path,
+            None if body is None else json.dumps(body).encode(),
+            {"Content-Type": "application/json", **(headers or {})},
+        )
+        # No proxy of the environment's for this machine itself.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=timeout_s) as response:
+            text: bytes = response.read()
+            return text.decode()
 
-    def _read_log(self) -> str:
-        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+    def _is_group_alive(self) -> bool:
+        assert self._process is not None
+        self._process.poll()  # reaps the leader, which would count as alive otherwise
+        try:
+            os.killpg(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
 
     def _describe_failure(self, what: str) -> str:
-        tail = "\n".join(self._read_log().splitlines()[-_NUM_LOG_TAIL_LINES:])
+        tail = "\n".join(self.log.splitlines()[-_NUM_LOG_TAIL_LINES:])
         if self._process is not None and self._process.returncode is not None:
             what += f" (exit status {self._process.returncode})"
         return (
             f"the {self.name} server {what}.\nCommand: {' '.join(self._command)}\n"
             f"End of {self.log_path}:\n{tail}"
         )
-
-
-def _popen(
-    command: Sequence[str], log: IO[bytes], env: Mapping[str, str] | None
-) -> subprocess.Popen[bytes]:
-    # A session of its own: Ctrl-C reaches this process only, which then ends the group in order.
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=None if env is None else dict(env),
-        start_new_session=True,
-    )
-
-
-def _is_group_alive(group: int, leader: subprocess.Popen[bytes]) -> bool:
-    leader.poll()  # reaps the leader, which would count as alive otherwise
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def _kill_group(group: int) -> None:
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        return

@@ -6,15 +6,16 @@ import subprocess
 import sys
 import textwrap
 import time
+import urllib.error
 
 import pytest
 
-from benchmarks.serving.server import HOST, Server, ServerError, find_free_port
+from layerskip_vllm.tools.server.process import HOST, Server, ServerError, find_free_port
 
 # Answers every GET; starts a worker that ignores SIGTERM, and writes both process ids to a file.
 FAKE_SERVER = """
 import http.server, os, signal, subprocess, sys
-pid_path, port = sys.argv[1], int(sys.argv[sys.argv.index("--port") + 1])
+pid_path, port = sys.argv[1], int(sys.argv[-1].partition("=")[2])
 code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 worker = subprocess.Popen([sys.executable, "-c", code])
 with open(pid_path, "w") as file:
@@ -30,7 +31,7 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 @pytest.fixture(autouse=True)
 def short_grace(monkeypatch):
-    monkeypatch.setattr("benchmarks.serving.server._STOP_GRACE_S", 1)
+    monkeypatch.setattr("layerskip_vllm.tools.server.process._STOP_GRACE_S", 1)
 
 
 @pytest.fixture
@@ -73,9 +74,9 @@ def test_server_answers_and_leaves_no_process_when_the_block_ends(make_server, t
     with make_server(FAKE_SERVER) as server:
         pids = read_pids(tmp_path)
         assert all(map(is_running, pids))
-        assert server.get("/metrics") == "/metrics"
-        with pytest.raises(ServerError, match="status 404"):
-            server.get("/none")
+        assert server.fetch("/metrics") == "/metrics"
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            server.fetch("/none")
     assert_all_end(pids)
 
 
@@ -113,7 +114,7 @@ def test_server_takes_another_port_when_its_own_was_taken(make_server, tmp_path)
         "worker =",
     )
     with make_server(code) as server:
-        assert server.get("/health") == "/health"
+        assert server.fetch("/health") == "/health"
     assert (tmp_path / "pids.seen").exists()
 
 
@@ -123,7 +124,7 @@ def test_get_raises_with_the_log_when_the_server_is_gone(make_server, tmp_path):
         os.kill(server_pid, signal.SIGKILL)
         assert_all_end([server_pid])
         with pytest.raises(ServerError, match=r"has ended \(exit status -9\)"):
-            server.get("/metrics")
+            server.fetch("/metrics")
     assert_all_end([worker_pid])
 
 
@@ -133,7 +134,8 @@ def test_demo_process_leaves_no_process_when_it_is_signalled(make_server, tmp_pa
     program = f"""
 import signal, sys, time
 from pathlib import Path
-from benchmarks.serving import demo, server as serving
+from benchmarks.serving import demo
+from layerskip_vllm.tools.server import process as serving
 
 # Whoever runs the tests in the background ignores these two, and so would this process.
 signal.signal(signal.SIGINT, signal.default_int_handler)
