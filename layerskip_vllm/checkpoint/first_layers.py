@@ -8,8 +8,7 @@ layers' weights. `plugin` registers it when vLLM's loaders are imported; runs in
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 import torch
 from torch import nn
@@ -18,8 +17,9 @@ from vllm.config import ModelConfig
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader import DefaultModelLoader
 
+from layerskip_vllm.checkpoint.weight_shares import layer_of_weight
+
 LOAD_FORMAT = "first_layers"
-LAYER_OF_WEIGHT = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
 class FirstLayersLoader(DefaultModelLoader):
@@ -34,14 +34,14 @@ class FirstLayersLoader(DefaultModelLoader):
     @override
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    ) -> Generator[tuple[str, torch.Tensor]]:
         num_layers = model_config.get_total_num_hidden_layers()
         return keep_first_layers(super().get_all_weights(model_config, model), num_layers)
 
 
 def keep_first_layers(
     weights: Iterable[tuple[str, torch.Tensor]], num_layers: int
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Generator[tuple[str, torch.Tensor]]:
     """Leave out the weights of all layers but the first ones.
 
     Args:
@@ -52,6 +52,6 @@ def keep_first_layers(
         The weights of layers [0, num_layers), and those that belong to no layer.
     """
     for name, weight in weights:
-        layer = LAYER_OF_WEIGHT.search(name)
-        if layer is None or int(layer[1]) < num_layers:
+        layer = layer_of_weight(name)
+        if layer is None or layer < num_layers:
             yield name, weight

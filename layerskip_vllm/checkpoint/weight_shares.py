@@ -1,13 +1,15 @@
-"""The share of a checkpoint's bytes that a draft step reads, without loading a weight.
+"""What a draft step reads of a model's weights, and which weight lies in which layer.
 
-Called by `layerskip-vllm doctor` and `watch`. The shares mean what `bytes_read.share_of_bytes` says
-of a loaded model: the first E layers' bytes and the head's, as parts of all layers and the head.
+Read here from a checkpoint's headers or its config, without loading a weight, for
+`layerskip-vllm doctor` and `watch`; of a loaded model by `drafting/bytes_read.py`.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +21,55 @@ _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output)\.")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.")
 
 
+@dataclass(frozen=True)
+class WeightShares:
+    """What a draft step reads, as parts of what the target's step reads: all layers and the head.
+
+    Of an embedding a step reads single rows, and of the norms next to nothing, so neither counts;
+    an embedding that is the head counts as the head. All experts of a mixture count.
+
+    Attributes:
+        layers: The part of the first E layers.
+        head: The part of the head.
+        adapter: An exit adapter's weights, in the same unit; no part of the target.
+    """
+
+    layers: float
+    head: float
+    adapter: float = 0.0
+
+    @classmethod
+    def from_sizes(
+        cls, layers: Sequence[int], head: int, exit_layer: int, adapter: int = 0
+    ) -> WeightShares:
+        """Make shares of sizes, all in one unit.
+
+        Args:
+            layers: The size of each of the target's layers.
+            head: The size of its head.
+            exit_layer: E, the number of layers that draft.
+            adapter: The size of an exit adapter.
+
+        Returns:
+            The shares.
+        """
+        whole = sum(layers) + head
+        return cls(sum(layers[:exit_layer]) / whole, head / whole, adapter / whole)
+
+    @property
+    def total(self) -> float:
+        """All that a draft step reads."""
+        return self.layers + self.head + self.adapter
+
+
+def layer_of_weight(name: str) -> int | None:
+    """Return the number of the layer that a checkpoint's weight lies in, None for no layer."""
+    match = _LAYER.search(name)
+    return None if match is None else int(match[1])
+
+
 def find_folder(model: str) -> Path | None:
-    """The folder of a checkpoint on this machine, None if it is not (wholly) here."""
+    """Find a checkpoint's folder on this machine; None if it is not (wholly) here."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
@@ -31,9 +80,7 @@ def find_folder(model: str) -> Path | None:
         return None
 
 
-def read_shares(
-    folder: Path | None, num_layers: int, exit_layer: int
-) -> tuple[float, float] | None:
+def read_shares(folder: Path | None, num_layers: int, exit_layer: int) -> WeightShares | None:
     """Add up the sizes in the headers of a folder's safetensors files.
 
     Args:
@@ -42,8 +89,8 @@ def read_shares(
         exit_layer: E, the number of layers that draft.
 
     Returns:
-        The shares of the first E layers and of the head; None if the folder does not hold all
-        layers and a head in safetensors files under names known here.
+        The shares; None if the folder does not hold all layers and a head in safetensors files
+        under names known here.
 
     Raises:
         ValueError: If a file that is named as one is no safetensors file.
@@ -51,9 +98,10 @@ def read_shares(
     layers, head, embedding = [0] * num_layers, 0, 0
     for file in _weight_files(folder):
         for name, num_bytes in _read_header(file).items():
-            if match := _LAYER.search(name):
-                if int(match[1]) < num_layers:
-                    layers[int(match[1])] += num_bytes
+            layer = layer_of_weight(name)
+            if layer is not None:
+                if layer < num_layers:
+                    layers[layer] += num_bytes
             elif _HEAD.search(name):
                 head += num_bytes
             elif _EMBEDDING.search(name):
@@ -61,8 +109,7 @@ def read_shares(
     head = head or embedding
     if not all(layers) or not head:
         return None
-    whole = sum(layers) + head
-    return sum(layers[:exit_layer]) / whole, head / whole
+    return WeightShares.from_sizes(layers, head, exit_layer)
 
 
 def _weight_files(folder: Path | None) -> list[Path]:
@@ -76,7 +123,7 @@ def _weight_files(folder: Path | None) -> list[Path]:
 
 
 def _read_header(file: Path) -> dict[str, int]:
-    """Sizes in bytes by tensor name.
+    """Read the sizes in bytes by tensor name.
 
     Source: https://github.com/huggingface/safetensors#format
     """
@@ -95,18 +142,15 @@ def _read_header(file: Path) -> dict[str, int]:
     }
 
 
-def estimate_shares(model_config: ModelConfig, exit_layer: int) -> tuple[float, float] | None:
+def estimate_shares(model_config: ModelConfig, exit_layer: int) -> WeightShares | None:
     """Estimate the shares from the config: equal layers of attention and a gated MLP.
-
-    All experts of a mixture count, as they do in a loaded model's bytes.
 
     Args:
         model_config: The model's configuration.
         exit_layer: E, the number of layers that draft.
 
     Returns:
-        The shares of the first E layers and of the head; None if the config does not name the MLP's
-        size as most do.
+        The shares; None if the config does not name the MLP's size as most do.
     """
     hidden_size, head_size = model_config.get_hidden_size(), model_config.get_head_size()
     text_config = model_config.hf_text_config
@@ -120,5 +164,5 @@ def estimate_shares(model_config: ModelConfig, exit_layer: int) -> tuple[float, 
     attention = 2 * hidden_size * head_size * num_heads
     layer = attention + 3 * hidden_size * intermediate_size * max(1, num_experts)
     head = hidden_size * model_config.get_vocab_size()
-    whole = layer * model_config.get_total_num_hidden_layers() + head
-    return layer * exit_layer / whole, head / whole
+    layers = [layer] * model_config.get_total_num_hidden_layers()
+    return WeightShares.from_sizes(layers, head, exit_layer)

@@ -9,13 +9,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
+from layerskip_vllm.checkpoint.weight_shares import WeightShares
 from layerskip_vllm.drafting.stages import find_sliceable_model, layers_of
 
 
 def share_of_bytes(
     target: nn.Module, exit_layer: int, exit_adapter: nn.Module | None = None
-) -> tuple[float, float, float]:
-    """The parts of a model's weights that a draft step reads.
+) -> WeightShares:
+    """Add up the bytes that a draft step reads of a model on this rank.
 
     Args:
         target: The whole model, as vLLM loaded it.
@@ -23,23 +24,19 @@ def share_of_bytes(
         exit_adapter: What a draft step reads besides the model, None for nothing.
 
     Returns:
-        The bytes of the first E layers, of the head and of the exit adapter, each as a share of
-        what a whole step reads: all layers and the head. Of an embedding a step reads single rows,
-        and of the norms next to nothing, so neither counts; an embedding that is the head counts as
-        the head.
+        The shares.
     """
     layers = [num_bytes(layer) for layer in layers_of(find_sliceable_model(target))]
     embeddings = [m for m in target.modules() if isinstance(m, VocabParallelEmbedding)]
     heads = [m for m in embeddings if isinstance(m, ParallelLMHead)]
     # Without a head of its own the model unembeds with its embedding.
     head = sum(num_bytes(module) for module in heads or embeddings)
-    whole = sum(layers) + head
     adapter = sum(weight.nbytes for weight in exit_adapter.buffers()) if exit_adapter else 0
-    return sum(layers[:exit_layer]) / whole, head / whole, adapter / whole
+    return WeightShares.from_sizes(layers, head, exit_layer, adapter)
 
 
 def num_bytes(module: nn.Module) -> int:
-    """The size of a module's weights in bytes on this rank."""
+    """Return the size of a module's weights in bytes on this rank."""
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     for linear in module.modules():
         # On the CPU vLLM repacks the weights of linear layers and leaves an empty parameter.

@@ -15,16 +15,16 @@ def log_drafting(model: ExitModel, config: LayerSkipConfig, runner: str, graphs:
     """Log what drafts, with how much of the model, on which runner, with which CUDA graphs."""
     adapter = model.exit_adapter
     shares = share_of_bytes(model.target, config.exit_layer, adapter)
-    parts = [f"layers {shares[0]:.1%}", f"head {shares[1]:.1%}"]
+    parts = [f"layers {shares.layers:.1%}", f"head {shares.head:.1%}"]
     if adapter is not None:
-        parts.append(f"exit adapter of rank {adapter.config.rank} {shares[2]:.1%}")
+        parts.append(f"exit adapter of rank {adapter.config.rank} {shares.adapter:.1%}")
     logger.info_once(
         "layerskip is on: layers [0, %d) of %d draft %d tokens a step; a draft step reads %.1f %% "
         "of the model's bytes (%s); Model Runner %s; CUDA graphs: %s",
         config.exit_layer,
         len(layers_of(model.inner)),
         config.num_speculative_tokens,
-        100 * sum(shares),
+        100 * shares.total,
         ", ".join(parts).replace("%", " %"),
         runner,
         graphs,

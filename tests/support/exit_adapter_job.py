@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from layerskip_vllm.checkpoint.weight_shares import WeightShares
 from layerskip_vllm.drafting.bytes_read import share_of_bytes
 from tests.support.jobs import engine
 from tests.support.scenarios import Scenario
@@ -26,7 +27,7 @@ class Held:
     dtypes: set[str]
     parameters: tuple[str, ...]
     target_names: tuple[str, ...]
-    shares: tuple[float, float, float]
+    shares: WeightShares
 
 
 def hold(scenario: Scenario) -> Held:

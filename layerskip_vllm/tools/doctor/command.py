@@ -222,7 +222,8 @@ def _describe_draft(report: Report, vllm_config: VllmConfig, given: dict[str, in
     if shares is None:
         del report.checkpoint["shares from"]
     else:
-        report.checkpoint["share of layers"], report.checkpoint["share of head"] = shares
+        report.checkpoint["share of layers"] = shares.layers
+        report.checkpoint["share of head"] = shares.head
     report.devices["model runner"] = _describe_runner(vllm_config)
 
 

@@ -102,4 +102,4 @@ def _read_draft_share(model: str | None, exit_layer: int | None) -> float | None
     shares = read_shares(Path(model), num_layers, exit_layer)
     if shares is None:
         raise ValueError(f"--model is {model!r}, which has not all weights in safetensors files.")
-    return sum(shares)
+    return shares.total

@@ -92,7 +92,10 @@ def test_shares_are_those_of_the_saved_tensors_when_a_checkpoint_is_here(
     head = sizes.get("lm_head.weight", sizes["model.embed_tokens.weight"])
     assert 0 < first < layers
     expected = (first / (layers + head), head / (layers + head))
-    assert read_shares(folder, num_layers=8, exit_layer=3) == pytest.approx(expected)
+    shares = read_shares(folder, num_layers=8, exit_layer=3)
+    assert shares is not None
+    assert (shares.layers, shares.head) == pytest.approx(expected)
+    assert shares.total == pytest.approx(sum(expected))
 
 
 def test_shares_are_unknown_when_a_folder_does_not_hold_all_layers(
