@@ -1,16 +1,22 @@
-"""The flags that `vllm serve` gains: spellings of vLLM's speculative options, and layerskip's own.
+"""The user's words: `vllm serve`'s flags and the speculative config, read into one mapping.
 
-Called in the process that parses the command line.
+Called in the process that parses the command line, and in each that makes a config of engine
+arguments. Plain Python: this is read for every engine, also one that does not draft.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from layerskip_vllm.config.speculative import METHOD
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
 
-# Layerskip's own flags and what they are called in the speculative config.
-SETTING_OF_FLAG = {"--spec-exit-layer": "exit_layer", "--spec-exit-adapter": "exit_adapter"}
+METHOD = "layerskip"
+
+# Layerskip's own settings, and the flags that they have beside vLLM's `--speculative-config`.
+FLAG_OF_SETTING = {"exit_layer": "--spec-exit-layer", "exit_adapter": "--spec-exit-adapter"}
 
 
 def add_speculative_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -62,28 +68,114 @@ def fold_settings(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         ValueError: If a flag is given without layerskip, or against the speculative config.
     """
-    for flag, setting in SETTING_OF_FLAG.items():
-        value = getattr(args, flag.removeprefix("--").replace("-", "_"), None)
-        if value is not None:
-            args = _fold(args, flag, setting, value)
-    return args
-
-
-def _fold(args: argparse.Namespace, flag: str, setting: str, value: object) -> argparse.Namespace:
+    flags = FLAG_OF_SETTING.items()
+    values = {key: vars(args).get(flag[2:].replace("-", "_")) for key, flag in flags}
+    folded = {key: value for key, value in values.items() if value is not None}
+    if not folded:
+        return args
     config = dict(getattr(args, "speculative_config", None) or {})
-    given = (
-        getattr(args, "spec_method", None),
-        getattr(args, "spec_model", None),
-        config.get("method"),
-        config.get("model"),
-    )
-    if METHOD not in given:
+    is_asked_for = METHOD in _names_of_method(args, config)
+    for key, value in folded.items():
+        flag = FLAG_OF_SETTING[key]
+        if not is_asked_for:
+            raise ValueError(
+                f"{flag} is {value}, but the speculative method is not layerskip; "
+                "add --speculative-model=layerskip or leave the flag out."
+            )
+        if key in _with_underscores(config):
+            raise ValueError(
+                f"{flag} and --speculative-config[{key!r}] are mutually exclusive; leave one out."
+            )
+    return argparse.Namespace(**{**vars(args), "speculative_config": {**config, **folded}})
+
+
+def is_layerskip(args: EngineArgs) -> bool:
+    """Return whether layerskip is asked for, by method or by model, in any of vLLM's ways.
+
+    Args:
+        args: The engine's arguments.
+
+    Returns:
+        Whether they ask for it.
+
+    Raises:
+        ValueError: If they ask for it in a form that vLLM would misread.
+    """
+    given = args.speculative_config
+    if isinstance(given, str) and given.casefold() == METHOD:
         raise ValueError(
-            f"{flag} is {value}, but the speculative method is not layerskip; "
-            "add --speculative-model=layerskip or leave the flag out."
+            f"speculative_config is {given!r}; it must be a dict such as {{'method': '{METHOD}'}}."
         )
-    if setting in config or setting.replace("_", "-") in config:
+    if not isinstance(given, Mapping):
+        given = {}
+    names = _names_of_method(args, given)
+    for name in names:
+        if isinstance(name, str) and name != METHOD and name.casefold() == METHOD:
+            raise ValueError(f"the speculative method or model is {name!r}; write it {METHOD!r}.")
+    if METHOD in names:
+        return True
+    for key in FLAG_OF_SETTING:
+        if key in _with_underscores(given):
+            raise ValueError(
+                f"{key} is a setting of layerskip alone; add 'method': '{METHOD}' to the "
+                f"speculative config {dict(given)!r}, or leave {key} out."
+            )
+    return False
+
+
+def read_settings(args: EngineArgs) -> dict[str, Any]:
+    """Merge the flags and the speculative config of an engine that asks for layerskip.
+
+    Args:
+        args: The engine's arguments.
+
+    Returns:
+        The user's settings under vLLM's names, without `method` and `model`, which say layerskip.
+
+    Raises:
+        ValueError: If a setting is given twice, or a method or model besides layerskip.
+    """
+    settings: dict[str, Any] = {}
+    for given, value in (args.speculative_config or {}).items():
+        key = str(given).replace("-", "_")
+        if key in settings:
+            raise ValueError(f"{key} is given twice in the speculative config; give it once.")
+        settings[key] = value
+    for flag, key, value in (
+        ("--spec-method", "method", args.spec_method),
+        ("--spec-model", "model", args.spec_model),
+        ("--spec-tokens", "num_speculative_tokens", args.spec_tokens),
+    ):
+        if value is None:
+            continue
+        if key in settings:
+            raise ValueError(f"{flag} and --speculative-config['{key}'] are mutually exclusive")
+        settings[key] = value
+    method, model = settings.pop("method", None), settings.pop("model", None)
+    if method not in (None, METHOD):
         raise ValueError(
-            f"{flag} and --speculative-config[{setting!r}] are mutually exclusive; leave one out."
+            f"method is {method!r} and model is {METHOD!r}; give one of them as {METHOD!r} and "
+            "leave the other out."
         )
-    return argparse.Namespace(**{**vars(args), "speculative_config": {**config, setting: value}})
+    if model not in (None, METHOD, args.model):
+        raise ValueError(
+            f"model is {model!r} in the speculative config, but layerskip drafts with the target "
+            f"model itself and loads no other; leave 'model' out or set it to {METHOD!r}."
+        )
+    # What vLLM writes into the dict when a configuration is built twice from the same arguments.
+    settings.pop("target_model_config", None)
+    settings.pop("target_parallel_config", None)
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _names_of_method(
+    args: EngineArgs | argparse.Namespace, config: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """Return what may name the method: vLLM takes either flag and either key."""
+    flags = (getattr(args, "spec_method", None), getattr(args, "spec_model", None))
+    return (*flags, config.get("method"), config.get("model"))
+
+
+def _with_underscores(config: Mapping[str, Any]) -> set[str]:
+    """Return the keys of a speculative config as vLLM's names are written."""
+    return {str(key).replace("-", "_") for key in config}

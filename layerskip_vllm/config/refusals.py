@@ -1,12 +1,85 @@
-"""Which models and engine settings layerskip works with; called by `config` at engine start."""
+"""Every setting, model, engine and combination of them that cannot work, known at config time.
+
+Called where a `LayerSkipConfig` is made: in the API server, or by `LLM`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm.config.speculative import SpeculativeConfig
+from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
+
+from layerskip_vllm.checkpoint.checks import check_positive_int
+from layerskip_vllm.config.flags import FLAG_OF_SETTING
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
     from vllm.engine.arg_utils import EngineArgs
+
+    from layerskip_vllm.checkpoint.entry import DraftSettings
+    from layerskip_vllm.checkpoint.exit_adapter import ExitAdapterConfig
+
+# What the rejection sampler of Model Runner V1 takes (MAX_SPEC_LEN).
+MAX_NUM_SPECULATIVE_TOKENS = 128
+
+# vLLM's speculative settings that mean the same here.
+SHARED_SETTINGS = frozenset(
+    {
+        "num_speculative_tokens",
+        "num_speculative_tokens_per_batch_size",
+        "draft_sample_method",
+        "rejection_sample_method",
+        "synthetic_acceptance_rates",
+        "synthetic_acceptance_length",
+        "use_local_argmax_reduction",
+        "enforce_eager",
+    }
+)
+KNOWN_KEYS = SHARED_SETTINGS | {"method", "model", *FLAG_OF_SETTING}
+
+
+def check_settings(settings: Mapping[str, Any], has_lora: bool) -> None:
+    """Refuse settings that layerskip does not have, or that exclude one another.
+
+    Args:
+        settings: The user's, by name.
+        has_lora: Whether the engine serves LoRA adapters.
+
+    Raises:
+        ValueError: With the setting's name, its value and what it must be.
+    """
+    for key, value in settings.items():
+        if key in KNOWN_KEYS:
+            continue
+        if key in SpeculativeConfig.__dataclass_fields__:
+            raise ValueError(
+                f"{key} is {value!r}, but it does not apply to layerskip, which drafts with the "
+                f"target's own layers and KV cache; leave it out."
+            )
+        raise ValueError(
+            f"{key!r} is not a setting of layerskip; known are {', '.join(sorted(KNOWN_KEYS))}."
+        )
+    for key in ("exit_layer", "num_speculative_tokens"):
+        if key in settings:
+            check_positive_int(key, settings[key])
+    adapter = settings.get("exit_adapter")
+    if adapter is not None and not isinstance(adapter, str):
+        raise ValueError(f"exit_adapter is {adapter!r}; it must be the path of a folder.")
+    if not settings.get("use_local_argmax_reduction"):
+        return
+    if settings.get("draft_sample_method") == "probabilistic":
+        raise ValueError(
+            "use_local_argmax_reduction is true and draft_sample_method is 'probabilistic', which "
+            "needs all logits; use 'greedy' drafts or leave use_local_argmax_reduction out."
+        )
+    if has_lora:
+        raise ValueError(
+            "use_local_argmax_reduction is true and enable_lora is true, but vLLM's head with "
+            "adapters gives whole logits alone; leave one of them out."
+        )
 
 
 def check_model(model_config: ModelConfig) -> None:
@@ -102,4 +175,94 @@ def _check_scheduler(given: str | type) -> None:
         raise ValueError(
             f"scheduler_cls is {given!r}, which layerskip does not support; it must extend vLLM's "
             "Scheduler or AsyncScheduler, which hold each request to its number of drafts."
+        )
+
+
+def check_exit_adapter(
+    folder: Path,
+    adapter: ExitAdapterConfig,
+    exit_layer: int | None,
+    model_config: ModelConfig,
+) -> None:
+    """Refuse an exit adapter of another model, or of another exit than the user's.
+
+    Args:
+        folder: Where it is.
+        adapter: What it is.
+        exit_layer: E if the user gives it.
+        model_config: The target model's configuration.
+
+    Raises:
+        ValueError: With what it was trained for and what it must be.
+    """
+    for name, value in (
+        ("hidden_size", model_config.get_hidden_size()),
+        ("num_hidden_layers", model_config.get_total_num_hidden_layers()),
+    ):
+        if getattr(adapter, name) != value:
+            raise ValueError(
+                f"exit_adapter is {str(folder)!r}, which was trained for a model whose {name} is "
+                f"{getattr(adapter, name)}, but {model_config.model} has {value}; it must be the "
+                "model's own."
+            )
+    if exit_layer not in (None, adapter.exit_layer):
+        raise ValueError(
+            f"exit_layer is {exit_layer}, but exit_adapter {str(folder)!r} was trained for "
+            f"exit_layer {adapter.exit_layer}; leave exit_layer out, or leave exit_adapter out."
+        )
+
+
+def check_draft(draft: DraftSettings, model_config: ModelConfig) -> None:
+    """Refuse an E or a K that the model, its context or vLLM is too small for.
+
+    Args:
+        draft: Both, each with where it comes from.
+        model_config: The target model's configuration.
+
+    Raises:
+        ValueError: With the value, where it comes from, and its range.
+    """
+    exit_layer, num_speculative_tokens = draft.exit_layer, draft.num_speculative_tokens
+    num_layers = model_config.get_total_num_hidden_layers()
+    if exit_layer.value > num_layers:
+        raise ValueError(
+            f"exit_layer is {exit_layer.value} (from {exit_layer.source}), but "
+            f"{model_config.model} has {num_layers} layers; it must be between 1 and {num_layers}, "
+            "and drafts pay when it is small (a quarter of the layers or less)."
+        )
+    limit = min(MAX_NUM_SPECULATIVE_TOKENS, model_config.max_model_len - 1)
+    if num_speculative_tokens.value > limit:
+        raise ValueError(
+            f"num_speculative_tokens is {num_speculative_tokens.value} (from "
+            f"{num_speculative_tokens.source}); it must be at most {limit} here (vLLM verifies at "
+            f"most {MAX_NUM_SPECULATIVE_TOKENS}, and max_model_len is "
+            f"{model_config.max_model_len}), and is usually between 2 and 8."
+        )
+
+
+def check_schedule(settings: Mapping[str, Any], num_speculative_tokens: int) -> None:
+    """Refuse a K by batch size with which vLLM itself would fail in the engine core.
+
+    Args:
+        settings: The user's, by name.
+        num_speculative_tokens: K, the most that the schedule may ask for.
+
+    Raises:
+        ValueError: With the schedule and what it must be.
+    """
+    name = "num_speculative_tokens_per_batch_size"
+    if name not in settings:
+        return
+    try:
+        schedule = validate_and_normalize_dynamic_sd_schedule(settings[name])
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{name} is {settings[name]!r}: {error} It must be a list of [first batch size, last "
+            "batch size, K] such as [[1, 4, 4], [5, 64, 2]]."
+        ) from error
+    largest = max(k for *_, k in schedule)
+    if not 1 <= largest <= num_speculative_tokens:
+        raise ValueError(
+            f"{name} is {settings[name]!r}, whose largest K is {largest}; it must be between 1 and "
+            f"num_speculative_tokens, which is {num_speculative_tokens}."
         )

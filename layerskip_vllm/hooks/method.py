@@ -74,7 +74,7 @@ def check_request(params: SamplingParams, speculative_config: SpeculativeConfig 
 def before_schedule(scheduler: Scheduler) -> None:
     """Cut the drafts that are to be scheduled to what each request asks for."""
     if is_layerskip_config(scheduler.vllm_config.speculative_config):
-        from layerskip_vllm.config.request import limit_drafts
+        from layerskip_vllm.drafting.request_limits import limit_drafts
 
         limit_drafts(scheduler.running)
 
@@ -82,6 +82,6 @@ def before_schedule(scheduler: Scheduler) -> None:
 def after_schedule(scheduler: Scheduler, output: SchedulerOutput) -> None:
     """Hold the step that has been scheduled to what its requests ask for."""
     if is_layerskip_config(scheduler.vllm_config.speculative_config):
-        from layerskip_vllm.config.request import limit_step
+        from layerskip_vllm.drafting.request_limits import limit_step
 
         limit_step(scheduler, output)

@@ -27,7 +27,7 @@ def _hook_create_speculative_config(original: Any) -> Any:
     def create_speculative_config(
         self: EngineArgs, target_model_config: ModelConfig, target_parallel_config: ParallelConfig
     ) -> SpeculativeConfig | None:
-        from layerskip_vllm.config.speculative import is_layerskip
+        from layerskip_vllm.config.flags import is_layerskip
 
         create = method.create_config if is_layerskip(self) else original
         return create(self, target_model_config, target_parallel_config)

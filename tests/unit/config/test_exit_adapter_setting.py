@@ -25,6 +25,7 @@ def test_exit_layer_and_tokens_come_from_the_adapter_when_not_given(
     folder = str(make_exit_adapter(tmp_path, exit_layer=3, num_speculative_tokens=5))
     config = adapt(speculate, folder)
     assert (config.exit_layer, config.num_speculative_tokens) == (3, 5)
+    assert config.exit_layer_source == config.num_speculative_tokens_source == "the exit adapter"
     assert config.exit_adapter == folder
     assert repr(folder) in repr(config)
     received = pickle.loads(pickle.dumps(config))
@@ -37,6 +38,7 @@ def test_given_settings_are_taken_when_they_agree_with_the_adapter(
     folder = str(make_exit_adapter(tmp_path, exit_layer=3))
     config = adapt(speculate, folder, exit_layer=3, num_speculative_tokens=7)
     assert (config.exit_layer, config.num_speculative_tokens) == (3, 7)
+    assert config.exit_layer_source == config.num_speculative_tokens_source == "the user"
 
 
 def test_folder_is_found_by_every_process_when_it_is_relative(

@@ -75,7 +75,7 @@ def test_every_other_setting_of_vllm_is_refused_when_it_does_not_apply(
 ) -> None:
     from vllm.config import SpeculativeConfig
 
-    from layerskip_vllm.config.speculative import KNOWN_KEYS
+    from layerskip_vllm.config.refusals import KNOWN_KEYS
 
     # vLLM itself writes these two into the user's dict.
     filled_in = {"target_model_config", "target_parallel_config"}
@@ -292,6 +292,8 @@ def test_config_is_the_same_when_made_twice_from_the_same_arguments(
     args = EngineArgs(model=write_model(), skip_tokenizer_init=True, speculative_config=given)
     configs = [args.create_engine_config().speculative_config for _ in range(2)]
     assert [config.exit_layer for config in configs] == [3, 3]
+    assert [config.exit_layer_source for config in configs] == ["the user", "the user"]
+    assert configs[0].num_speculative_tokens_source == "the default"
     assert given == {"method": "layerskip", "exit_layer": 3}
 
 
@@ -310,6 +312,22 @@ def test_config_keeps_its_exit_layer_when_sent_to_another_process(speculate: Spe
     received = pickle.loads(pickle.dumps(config))
     assert type(received) is type(config)
     assert (received.exit_layer, received.num_speculative_tokens) == (3, 4)
+    assert received.exit_layer_source == "the user"
+    assert received.num_speculative_tokens_source == "the default"
+
+
+def test_configs_are_equal_when_the_same_numbers_come_from_elsewhere(speculate: Speculate) -> None:
+    given = speculate(speculative_config={"method": "layerskip", "exit_layer": 2})
+    default = speculate(speculative_config={"method": "layerskip"})
+    assert (given.exit_layer, given.exit_layer_source) == (2, "the user")
+    assert (default.exit_layer, default.exit_layer_source) == (2, "a quarter of the layers")
+    assert given == default
+    assert given.compute_hash() == default.compute_hash()
+
+
+@pytest.mark.parametrize("key", ["exit_layer_source", "num_speculative_tokens_source"])
+def test_source_is_refused_when_the_user_gives_it(speculate: Speculate, key: str) -> None:
+    assert f"{key!r} is not a setting of layerskip" in refusal_of(speculate, **{key: "me"})
 
 
 def test_compiled_graphs_are_kept_apart_when_exit_layers_differ(speculate: Speculate) -> None:
