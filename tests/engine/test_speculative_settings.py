@@ -2,6 +2,7 @@
 
 import pytest
 
+from layerskip_vllm.tools.engine_process import JobError
 from tests.support.checkpoints import NUM_LAYERS
 from tests.support.checks import (
     assert_all_accepted,
@@ -9,7 +10,6 @@ from tests.support.checks import (
     assert_some_accepted_some_refused,
     completions,
 )
-from tests.support.engine_process import JobError
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
 pytestmark = pytest.mark.engine

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.engine_process import EngineProcess
+from tests.support.engine_process import RunnerProcess
 from tests.support.scenarios import Report, Scenario
 
 
@@ -24,7 +24,7 @@ class Engines:
     def __init__(self, folder: Path, expected: Collection[str] = ()):
         self.expected = expected
         self._folder = folder
-        self._processes: dict[str, EngineProcess] = {}
+        self._processes: dict[str, RunnerProcess] = {}
         self._served: dict[tuple[str, bytes], Future[Report]] = {}
 
     def serve(self, runner: str, *scenarios: Scenario) -> tuple[Report, ...]:
@@ -47,10 +47,10 @@ class Engines:
         """Run a job, a function `module:name`, in a runner's process."""
         return self.process(runner).run(job, *args, **kwargs)
 
-    def process(self, runner: str) -> EngineProcess:
+    def process(self, runner: str) -> RunnerProcess:
         """The process of a runner."""
         if runner not in self._processes:
-            self._processes[runner] = EngineProcess(runner, self._folder / runner)
+            self._processes[runner] = RunnerProcess(runner, self._folder / runner)
         return self._processes[runner]
 
     def stop(self) -> None:

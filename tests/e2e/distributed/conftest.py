@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.engine_process import RUNNERS, EngineProcess
+from tests.support.engine_process import RUNNERS, RunnerProcess
 from tests.support.ray_cluster import RayCluster
 
 # Neither of the cluster's nodes was started with these.
@@ -25,7 +25,7 @@ def cluster() -> Iterator[RayCluster]:
 @pytest.fixture(scope="session")
 def drivers(
     cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, EngineProcess]]:
+) -> Iterator[dict[str, RunnerProcess]]:
     """For each model runner a process that runs engines, on the cluster where they ask for Ray."""
     processes = {}
     for runner, variables in RUNNERS.items():
@@ -40,7 +40,7 @@ def drivers(
             "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # where vLLM's engine core gives it once more
             "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": variables}}),
         }
-        processes[runner] = EngineProcess(
+        processes[runner] = RunnerProcess(
             runner, tmp_path_factory.mktemp(f"driver-{runner}"), environment
         )
     yield processes
@@ -49,6 +49,6 @@ def drivers(
 
 
 @pytest.fixture(scope="session")
-def driver(drivers: dict[str, EngineProcess]) -> EngineProcess:
+def driver(drivers: dict[str, RunnerProcess]) -> RunnerProcess:
     """That of vLLM's default model runner on the CPU."""
     return drivers["v1"]

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.e2e.distributed.ray_example import IS_ON, Example, engine_flag
-from tests.support.engine_process import EngineProcess
+from tests.support.engine_process import RunnerProcess
 from tests.support.ray_cluster import RayCluster
 from tests.support.scenarios import Request, Scenario
 
@@ -32,7 +32,7 @@ def output(
 
 @pytest.mark.feature("Ray", "Ray Data LLM", runners=("v1",))
 def test_rows_equal_plain_vllm_when_ray_data_generates(
-    output: str, driver: EngineProcess, checkpoint: Callable[..., Path]
+    output: str, driver: RunnerProcess, checkpoint: Callable[..., Path]
 ) -> None:
     rows = [json.loads(line) for line in output.splitlines() if line.startswith('{"prompt"')]
     assert len(rows) == 4

@@ -9,7 +9,7 @@ import pytest
 
 from tests.e2e.distributed.conftest import DRIVERS_OWN
 from tests.support.checks import DRAFTERS
-from tests.support.engine_process import RUNNERS, EngineProcess
+from tests.support.engine_process import RUNNERS, RunnerProcess
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 from tests.support.worker_probe import Served
 
@@ -25,12 +25,12 @@ def scenario(model: Path, **engine: object) -> Scenario:
 
 
 @pytest.fixture(scope="module", params=RUNNERS)
-def driver(request: pytest.FixtureRequest, drivers: dict[str, EngineProcess]) -> EngineProcess:
+def driver(request: pytest.FixtureRequest, drivers: dict[str, RunnerProcess]) -> RunnerProcess:
     return drivers[request.param]
 
 
 @pytest.fixture(scope="module")
-def plain(driver: EngineProcess, checkpoint: Callable[..., Path]) -> Served:
+def plain(driver: RunnerProcess, checkpoint: Callable[..., Path]) -> Served:
     """Without layerskip and without Ray."""
     return driver.run(SERVE, scenario(checkpoint()).plain())
 
@@ -41,7 +41,7 @@ def plain(driver: EngineProcess, checkpoint: Callable[..., Path]) -> Served:
     ids=["one rank", "two ranks"],
 )
 def served(
-    request: pytest.FixtureRequest, driver: EngineProcess, checkpoint: Callable[..., Path]
+    request: pytest.FixtureRequest, driver: RunnerProcess, checkpoint: Callable[..., Path]
 ) -> Served:
     num_ranks, job = request.param
     on_ray = {"distributed_executor_backend": "ray", "tensor_parallel_size": num_ranks}
@@ -65,7 +65,7 @@ def test_all_ranks_draft_the_same_when_workers_are_ray_actors(served: Served) ->
 
 
 def test_settings_reach_each_actor_when_the_driver_alone_has_them(
-    driver: EngineProcess, served: Served
+    driver: RunnerProcess, served: Served
 ) -> None:
     for worker in served.workers:
         assert worker["drafter"] == DRAFTERS[driver.runner]

@@ -6,7 +6,7 @@ import pytest
 import vllm.platforms
 from vllm_ray_on_cpu.on_cpu import RAY_ON_CPU, find_platform
 
-from tests.support.engine_process import EngineProcess
+from tests.support.engine_process import RunnerProcess
 
 
 @pytest.mark.parametrize("value", [None, "0", ""])
@@ -29,7 +29,7 @@ def test_platform_takes_ray_workers_when_asked_to_on_the_cpu(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """In a process of its own, through vLLM's entry points: vLLM looks for its platform once."""
-    process = EngineProcess("v1", tmp_path_factory.mktemp("platform"), {RAY_ON_CPU: "1"})
+    process = RunnerProcess("v1", tmp_path_factory.mktemp("platform"), {RAY_ON_CPU: "1"})
     try:
         name, device_key = process.run("tests.support.distributed_job:find_current_platform")
     finally:

@@ -13,7 +13,7 @@ import pytest
 
 from layerskip_vllm.tools.server.process import find_free_port
 from tests.e2e.distributed.ray_example import EXIT_LAYER, IS_ON, Example, K, engine_flag
-from tests.support.engine_process import EngineProcess
+from tests.support.engine_process import RunnerProcess
 from tests.support.ray_cluster import RayCluster
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
@@ -60,7 +60,7 @@ def application(
 
 @pytest.mark.feature("Ray", "Ray Serve LLM", runners=("v1",))
 def test_response_equals_plain_vllm_when_ray_serve_answers(
-    application: Application, driver: EngineProcess, checkpoint: Callable[..., Path]
+    application: Application, driver: RunnerProcess, checkpoint: Callable[..., Path]
 ) -> None:
     requests = (Request(PROMPT, {"max_tokens": NUM_TOKENS}),)
     speculative = layerskip(EXIT_LAYER, K)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.checks import DRAFTERS
-from tests.support.engine_process import EngineProcess
+from tests.support.engine_process import RunnerProcess
 from tests.support.exit_adapters import make_exit_adapter
 from tests.support.lora_adapters import make_lora_adapter
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
@@ -67,14 +67,14 @@ class Comparison:
 @pytest.fixture(scope="module", params=["v1", "v2"])
 def process(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[EngineProcess]:
+) -> Iterator[RunnerProcess]:
     variables = {
         # Else vLLM wants a NUMA node for each rank.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         # Else each rank compiles small functions of vLLM's for ten seconds and more.
         "TORCHDYNAMO_DISABLE": "1",
     }
-    process = EngineProcess(request.param, tmp_path_factory.mktemp("ranks"), variables)
+    process = RunnerProcess(request.param, tmp_path_factory.mktemp("ranks"), variables)
     yield process
     process.stop()
 
@@ -82,7 +82,7 @@ def process(
 @pytest.fixture(scope="module", params=CASES)
 def comparison(
     request: pytest.FixtureRequest,
-    process: EngineProcess,
+    process: RunnerProcess,
     checkpoint: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Comparison:

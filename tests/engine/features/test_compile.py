@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tests.support.checks import assert_same_outputs, assert_some_accepted_some_refused
-from tests.support.engine_process import EngineProcess
+from tests.support.engine_process import RunnerProcess
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
 pytestmark = pytest.mark.engine
@@ -35,7 +35,7 @@ def test_stage_has_graphs_of_its_own_when_compiled(engines, checkpoint, tmp_path
     found = []
     for exit_layer in (2, 2, 1):
         scenario = replace(eager[exit_layer], engine={"enforce_eager": False})
-        process = EngineProcess("v1", tmp_path)
+        process = RunnerProcess("v1", tmp_path)
         try:
             compiled = process.run("tests.support.compile_job:serve_compiled", scenario)
         finally:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.engine_process import EngineProcess, JobError
+from layerskip_vllm.tools.engine_process import JobError
+from tests.support.engine_process import RunnerProcess
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
 pytestmark = [
@@ -38,7 +39,7 @@ def test_engine_is_refused_on_a_cpu_by_name(
 ) -> None:
     requests = (Request(tokens(5), {"max_tokens": 4}),)
     scenario = Scenario(str(checkpoint()), requests, layerskip(2, 3), engine)
-    process = EngineProcess(runner_name, tmp_path)
+    process = RunnerProcess(runner_name, tmp_path)
     try:
         with pytest.raises(JobError, match=message):
             process.run("tests.support.jobs:serve", scenario)

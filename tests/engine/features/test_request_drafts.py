@@ -2,9 +2,9 @@
 
 import pytest
 
+from layerskip_vllm.tools.engine_process import JobError
 from tests.support.checkpoints import NUM_LAYERS
 from tests.support.checks import assert_same_outputs, assert_some_accepted_some_refused
-from tests.support.engine_process import JobError
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
 pytestmark = pytest.mark.engine
