@@ -11,7 +11,7 @@ IN_TWO := --numprocesses 2 --dist loadfile
 FEATURES := tests/engine/features tests/unit/tools
 SERVICES := tests/e2e/distributed tests/e2e/reliability
 
-.PHONY: help setup test test-production lint types format demo check-gpu check-null-gpu clean
+.PHONY: help setup test test-production lint types docs package format demo check-gpu check-null-gpu clean
 
 help:
 	@echo "make setup           the .venv: vLLM for this machine, the plugin, its tools"
@@ -19,6 +19,8 @@ help:
 	@echo "make test-production those of vLLM's other features, the commands, several ranks, Ray, load"
 	@echo "make demo            vLLM with and without layerskip, side by side"
 	@echo "make lint types      what CI checks besides"
+	@echo "make docs            the documentation as a site, in build/site; its links are checked"
+	@echo "make package         the wheel and the sdist, in dist/, and a try of them"
 	@echo "make format          format the code and fix what can be fixed"
 	@echo "make check-gpu       the tests and one benchmark on a GPU machine"
 	@echo "make check-null-gpu  vLLM's GPU path on a stand-in that you bring: that it runs, not that it is right"
@@ -38,9 +40,18 @@ lint: setup
 	$(PYTHON_IN_VENV) -m ruff format --check .
 	$(PYTHON_IN_VENV) -m ruff check .
 	.venv/bin/pydoclint --quiet layerskip_vllm benchmarks
+	.venv/bin/lint-imports --no-logo
 
 types: setup
 	$(PYTHON_IN_VENV) -m mypy
+
+docs: setup
+	rm -rf build/docs build/site && mkdir -p build/docs
+	git ls-files -z | xargs -0 cp --parents --target-directory build/docs
+	$(PYTHON_IN_VENV) -m mkdocs build --strict
+
+package: setup
+	scripts/check_package.sh
 
 format: setup
 	$(PYTHON_IN_VENV) -m ruff check --fix .
@@ -56,4 +67,4 @@ check-null-gpu: setup
 	bash tests/null_gpu/run.sh
 
 clean:
-	rm -rf .venv .null-gpu demo-output benchmark-output exits-output verify-output outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .null-gpu demo-output benchmark-output exits-output verify-output outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
