@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.serving.client import Completion, Round
-from layerskip_vllm.tools.server.counters import SpecDecodeCounters
+from layerskip_vllm.tools.server.metrics import SpecDecodeCounters
 
 
 @dataclass(frozen=True)

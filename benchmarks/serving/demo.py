@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from benchmarks.hardware import describe_hardware, list_gpu_names
@@ -31,8 +32,8 @@ from benchmarks.serving.vllm_command import (
     resolve_vllm,
 )
 from layerskip_vllm.checkpoint.entry import default_settings
-from layerskip_vllm.tools.server.counters import SpecDecodeCounters, parse_spec_decode_counters
 from layerskip_vllm.tools.server.event_stream import StreamError
+from layerskip_vllm.tools.server.metrics import SpecDecodeCounters
 from layerskip_vllm.tools.server.process import Server, ServerError
 from layerskip_vllm.tools.stdlib_corpus import held_out_prompts
 
@@ -193,7 +194,7 @@ def _prepare_server(args: argparse.Namespace, name: str, command: Sequence[str])
 
 
 def _read_counters(server: Server) -> SpecDecodeCounters:
-    return parse_spec_decode_counters(server.fetch("/metrics"))
+    return SpecDecodeCounters.read(text_string_to_metric_families(server.fetch("/metrics")))
 
 
 if __name__ == "__main__":

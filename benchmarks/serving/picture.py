@@ -99,7 +99,7 @@ def _draw_acceptance(axes: Axes, comparison: Comparison) -> None:
     axes.set_ylim(0, 115)
     axes.set_xticks(positions)
     axes.set_xlabel("position in the draft", color=_MUTED, fontsize=10)
-    hint = f"{comparison.counters.tokens_per_step:.2f} tokens a step and request; plain makes 1"
+    hint = f"{comparison.counters.mean_acceptance_length:.2f} tokens a step and request; plain makes 1"
     _style(axes, "Drafted tokens accepted", hint)
     axes.set_yticks([])
 

@@ -122,7 +122,7 @@ def build_table(comparison: Comparison, setting: RunSetting) -> Table:
     table.add_section()
     for position, share in enumerate(comparison.counters.acceptance_by_position, start=1):
         table.add_row(f"acceptance at position {position}", "", f"{share:.1%}", "")
-    table.add_row("tokens a step and request", "1.00", f"{comparison.counters.tokens_per_step:.2f}")
+    table.add_row("tokens a step and request", "1.00", f"{comparison.counters.mean_acceptance_length:.2f}")
     table.add_section()
     style = "bold green" if comparison.is_every_token_same else "bold red"
     table.add_row("every token the same", "", describe_equality(comparison), "", style=style)
@@ -138,7 +138,7 @@ def to_json(comparison: Comparison, setting: RunSetting) -> dict[str, Any]:
         "layerskip": dataclasses.asdict(comparison.layerskip),
         "speedup": comparison.speedup,
         "acceptance_by_position": list(counters.acceptance_by_position),
-        "tokens_per_step": counters.tokens_per_step,
+        "tokens_per_step": counters.mean_acceptance_length,
         "counters": dataclasses.asdict(counters),
         "every_token_same": comparison.is_every_token_same,
         "num_completions": comparison.num_completions,

@@ -15,6 +15,7 @@ from vllm.distributed import destroy_model_parallel
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+from layerskip_vllm.tools.server.metrics import SpecDecodeCounters
 from tests.support.scenarios import GREEDY, Completion, Output, Report, Request, Scenario, Step
 
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
@@ -188,13 +189,8 @@ class Server:
 
     def report(self) -> Report:
         """All that the engine has done so far."""
-        metrics = {
-            metric.name.removeprefix("vllm:"): getattr(
-                metric, "value", getattr(metric, "values", 0)
-            )
-            for metric in self.llm.get_metrics()
-            if "spec_decode" in metric.name or "preemptions" in metric.name
-        }
+        counters = SpecDecodeCounters.read_own()
+        metrics = {metric.name: metric for metric in self.llm.get_metrics()}
         runner = self.core.model_executor.driver_worker.worker.model_runner
         drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
         scheduler = self.core.scheduler
@@ -202,11 +198,11 @@ class Server:
             outputs=tuple(self.outputs.get(i) for i in range(len(self.requests))),
             aborted_token_ids=self.aborted,
             steps=tuple(self.steps),
-            num_drafts=metrics.get("spec_decode_num_drafts", 0),
-            num_draft_tokens=metrics.get("spec_decode_num_draft_tokens", 0),
-            num_accepted=metrics.get("spec_decode_num_accepted_tokens", 0),
-            num_accepted_per_pos=tuple(metrics.get("spec_decode_num_accepted_tokens_per_pos", ())),
-            num_preemptions=metrics["num_preemptions"],
+            num_drafts=counters.num_drafts,
+            num_draft_tokens=counters.num_draft_tokens,
+            num_accepted=counters.num_accepted_tokens,
+            num_accepted_per_pos=counters.num_accepted_tokens_per_pos,
+            num_preemptions=metrics["vllm:num_preemptions"].value,
             num_blocks=scheduler.kv_cache_manager.block_pool.num_gpu_blocks,
             layers_by_group=tuple(
                 tuple(group.layer_names) for group in scheduler.kv_cache_config.kv_cache_groups

@@ -1,20 +1,130 @@
-"""One look at a server's `/metrics`, and what has happened between two of them."""
+"""vLLM's metrics: what a server's `/metrics` or an engine's registry says, and between two looks.
+
+`watch`, `soak`, `verify`, the benchmarks and the tests read speculative counters here alone.
+"""
 
 from __future__ import annotations
 
 import http.client
+import itertools
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
+from typing import Self
 
+from prometheus_client import REGISTRY, Metric
 from prometheus_client.parser import text_string_to_metric_families
-
-from layerskip_vllm.tools.server.counters import SpecDecodeCounters, parse_spec_decode_counters
+from pydantic import BaseModel
 
 TIMEOUT_S = 5.0
+_SPEC_DECODE = "vllm:spec_decode_"
+_KV_CACHE_USAGE = "vllm:kv_cache_usage_perc"
+
+
+@dataclass(frozen=True)
+class SpecDecodeCounters:
+    """How much was drafted and accepted, summed over engines; vLLM's names, without its prefix.
+
+    Attributes:
+        num_drafts: How often a request was given a draft.
+        num_draft_tokens: Tokens drafted.
+        num_accepted_tokens: Tokens drafted and accepted.
+        num_accepted_tokens_per_pos: The accepted ones by their position in the draft, first at 0.
+    """
+
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_accepted_tokens_per_pos: tuple[int, ...] = ()
+
+    @classmethod
+    def read(cls, metrics: Iterable[Metric], engine: int | None = None) -> Self:
+        """Read the counters; all are 0 where nothing drafts.
+
+        Args:
+            metrics: What a registry holds, or a server's `/metrics`, parsed.
+            engine: The engine to count for; all of them together by default.
+
+        Returns:
+            What was counted since the engines were started.
+        """
+        counts: dict[str, int] = {}
+        by_position: dict[int, int] = {}
+        for sample in (sample for metric in metrics for sample in metric.samples):
+            name = sample.name.removeprefix(_SPEC_DECODE).removesuffix("_total")
+            if sample.name != f"{_SPEC_DECODE}{name}_total":
+                continue
+            if engine is not None and sample.labels["engine"] != str(engine):
+                continue
+            if "position" in sample.labels:
+                position = int(sample.labels["position"])
+                by_position[position] = by_position.get(position, 0) + int(sample.value)
+            else:
+                counts[name] = counts.get(name, 0) + int(sample.value)
+        positions = tuple(by_position[position] for position in sorted(by_position))
+        return cls(**counts, num_accepted_tokens_per_pos=positions)
+
+    @classmethod
+    def read_own(cls) -> Self:
+        """Read the counters of the engines that this process has made with statistics on."""
+        return cls.read(REGISTRY.collect())
+
+    def __sub__(self, earlier: SpecDecodeCounters) -> SpecDecodeCounters:
+        """Return what was counted since `earlier`."""
+        by_position = itertools.zip_longest(
+            self.num_accepted_tokens_per_pos, earlier.num_accepted_tokens_per_pos, fillvalue=0
+        )
+        return SpecDecodeCounters(
+            self.num_drafts - earlier.num_drafts,
+            self.num_draft_tokens - earlier.num_draft_tokens,
+            self.num_accepted_tokens - earlier.num_accepted_tokens,
+            tuple(now - before for now, before in by_position),
+        )
+
+    @property
+    def acceptance_rate(self) -> float:
+        """The share of drafted tokens that was accepted, 0 to 1."""
+        return self.num_accepted_tokens / self.num_draft_tokens
+
+    @property
+    def acceptance_by_position(self) -> tuple[float, ...]:
+        """The share of drafts accepted up to and including each position, 0 to 1."""
+        return tuple(accepted / self.num_drafts for accepted in self.num_accepted_tokens_per_pos)
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Mean tokens that a verification yields: the accepted ones and the target's own."""
+        return 1 + self.num_accepted_tokens / self.num_drafts
+
+
+class LayerSkipInfo(BaseModel, frozen=True):
+    """What a server drafts with, the labels of its gauge `vllm:layerskip_info`.
+
+    Attributes:
+        exit_layer: E.
+        exit_layer_source: Where E comes from.
+        num_speculative_tokens: K.
+        num_speculative_tokens_source: Where K comes from.
+        num_layers: All of the target's layers.
+        exit_adapter: The exit adapter's folder; empty without one.
+    """
+
+    exit_layer: int
+    exit_layer_source: str
+    num_speculative_tokens: int
+    num_speculative_tokens_source: str
+    num_layers: int
+    exit_adapter: str
+
+    @classmethod
+    def read(cls, metrics: Iterable[Metric]) -> Self | None:
+        """Read it from a server's `/metrics`; None where nothing drafts with layerskip."""
+        samples = (sample for metric in metrics for sample in metric.samples)
+        labels = (sample.labels for sample in samples if sample.name == "vllm:layerskip_info")
+        return next(map(cls.model_validate, labels), None)
 
 
 @dataclass(frozen=True)
@@ -25,11 +135,28 @@ class Sample:
         time_s: When they were read, by a monotonic clock.
         values: Each metric by its name without labels; of a histogram its sum and its count.
         drafting: The counters of speculative decoding.
+        info: What it drafts with, where it says so.
     """
 
     time_s: float
     values: Mapping[str, float]
     drafting: SpecDecodeCounters
+    info: LayerSkipInfo | None = None
+
+    @property
+    def num_running(self) -> int:
+        """Requests in the batch."""
+        return int(self.values.get("vllm:num_requests_running", 0))
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue."""
+        return int(self.values.get("vllm:num_requests_waiting", 0))
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of the KV cache in use, the mean over engines."""
+        return self.values[_KV_CACHE_USAGE]
 
 
 @dataclass(frozen=True)
@@ -39,26 +166,22 @@ class Interval:
     Attributes:
         seconds: How long it lasted.
         tokens_per_s: Output tokens of all requests a second.
-        num_running: Requests in the batch at its end.
-        num_waiting: Requests in the queue at its end.
-        kv_cache_usage: Share of the KV cache in use at its end, the mean over engines.
         time_to_first_token_s: Mean of the requests whose first token came in it; None if none did.
         inter_token_latency_s: Mean time between a request's outputs; None if there were none.
         drafting: What was drafted and accepted in it; None if nothing was drafted.
+        end: The sample at its end.
     """
 
     seconds: float
     tokens_per_s: float
-    num_running: int
-    num_waiting: int
-    kv_cache_usage: float
     time_to_first_token_s: float | None
     inter_token_latency_s: float | None
     drafting: SpecDecodeCounters | None
+    end: Sample
 
 
 def read_sample(url: str) -> Sample:
-    """Reads a server's metrics.
+    """Read a server's metrics.
 
     Args:
         url: The server's address, such as `http://127.0.0.1:8000`.
@@ -70,8 +193,7 @@ def read_sample(url: str) -> Sample:
         ValueError: The address is no HTTP address, or the server does no speculative decoding.
         OSError: The server does not answer, or is not ready.
     """
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"URL is {url!r}; it must be an address such as http://127.0.0.1:8000.")
+    check_url(url)
     page = url.rstrip("/").removesuffix("/metrics") + "/metrics"
     try:
         with urllib.request.urlopen(page, timeout=TIMEOUT_S) as response:
@@ -89,25 +211,32 @@ def read_sample(url: str) -> Sample:
     return parse_sample(text, time.monotonic())
 
 
+def check_url(url: str) -> None:
+    """Raise a ValueError if a server's address is no HTTP address."""
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"URL is {url!r}; it must be an address such as http://127.0.0.1:8000.")
+
+
 def parse_sample(text: str, time_s: float) -> Sample:
-    """Reads the text of `/metrics`; see `read_sample`."""
+    """Read the text of `/metrics`; see `read_sample`."""
+    metrics = list(text_string_to_metric_families(text))
     values: dict[str, float] = {}
     num_engines = 0
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name.startswith("vllm:") and not sample.name.endswith(
-                ("_bucket", "_created")
-            ):
-                values[sample.name] = values.get(sample.name, 0) + sample.value
-                num_engines += sample.name == "vllm:kv_cache_usage_perc"
-    values["vllm:kv_cache_usage_perc"] = values.get("vllm:kv_cache_usage_perc", 0) / max(
-        1, num_engines
-    )
-    return Sample(time_s, values, parse_spec_decode_counters(text))
+    for sample in (sample for metric in metrics for sample in metric.samples):
+        if sample.name.startswith("vllm:") and not sample.name.endswith(("_bucket", "_created")):
+            values[sample.name] = values.get(sample.name, 0) + sample.value
+            num_engines += sample.name == _KV_CACHE_USAGE
+    if f"{_SPEC_DECODE}num_drafts_total" not in values:
+        raise ValueError(
+            f"/metrics has no {_SPEC_DECODE}num_drafts_total: this server does no speculative "
+            "decoding. Was it started with --speculative-model=layerskip, and the plugin loaded?"
+        )
+    values[_KV_CACHE_USAGE] = values.get(_KV_CACHE_USAGE, 0) / max(1, num_engines)
+    return Sample(time_s, values, SpecDecodeCounters.read(metrics), LayerSkipInfo.read(metrics))
 
 
 def is_restarted(earlier: Sample, later: Sample) -> bool:
-    """Tells whether the server has started anew: its counters went back, or K is another."""
+    """Tell whether the server has started anew: its counters went back, or K is another."""
     name = "vllm:generation_tokens_total"
     before, after = earlier.drafting, later.drafting
     return (
@@ -117,8 +246,8 @@ def is_restarted(earlier: Sample, later: Sample) -> bool:
     )
 
 
-def compare(earlier: Sample, later: Sample) -> Interval:
-    """Returns what happened between two samples of one server that did not start anew."""
+def measure_interval(earlier: Sample, later: Sample) -> Interval:
+    """Return what happened between two samples of one server that did not start anew."""
 
     def grown(name: str) -> float:
         return later.values.get(name, 0) - earlier.values.get(name, 0)
@@ -132,10 +261,8 @@ def compare(earlier: Sample, later: Sample) -> Interval:
     return Interval(
         seconds=seconds,
         tokens_per_s=grown("vllm:generation_tokens_total") / seconds,
-        num_running=int(later.values.get("vllm:num_requests_running", 0)),
-        num_waiting=int(later.values.get("vllm:num_requests_waiting", 0)),
-        kv_cache_usage=later.values["vllm:kv_cache_usage_perc"],
         time_to_first_token_s=mean("vllm:time_to_first_token_seconds"),
         inter_token_latency_s=mean("vllm:inter_token_latency_seconds"),
         drafting=drafting if drafting.num_drafts else None,
+        end=later,
     )

@@ -32,11 +32,7 @@ class Look:
     @property
     def load(self) -> tuple[int, int, float]:
         """Requests running, requests waiting, share of the KV cache in use."""
-        return (
-            int(self.sample.values.get("vllm:num_requests_running", 0)),
-            int(self.sample.values.get("vllm:num_requests_waiting", 0)),
-            self.sample.values["vllm:kv_cache_usage_perc"],
-        )
+        return self.sample.num_running, self.sample.num_waiting, self.sample.kv_cache_usage
 
 
 class Monitor:

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 def _watch(args: argparse.Namespace, draft_share: float | None, console: Console) -> None:
     from rich.live import Live
 
-    from layerskip_vllm.tools.server.metrics import compare, is_restarted, read_sample
+    from layerskip_vllm.tools.server.metrics import is_restarted, measure_interval, read_sample
     from layerskip_vllm.tools.watch.view import draw
 
     first = before = read_sample(args.url)
@@ -57,9 +57,10 @@ def _watch(args: argparse.Namespace, draft_share: float | None, console: Console
             if is_restarted(before, now):
                 first = before = now
                 continue
-            since_start = None if before is first else compare(first, now)
+            since_start = None if before is first else measure_interval(first, now)
             live.update(
-                draw(args.url, compare(before, now), since_start, draft_share), refresh=True
+                draw(args.url, measure_interval(before, now), since_start, draft_share),
+                refresh=True,
             )
             before = now
             if args.once:

@@ -10,8 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from layerskip_vllm.tools.server.counters import SpecDecodeCounters
-from layerskip_vllm.tools.server.metrics import Interval
+from layerskip_vllm.tools.server.metrics import Interval, SpecDecodeCounters
 from layerskip_vllm.tools.speedup_bound import bound_speedup
 
 BAR_WIDTH = 30
@@ -38,7 +37,7 @@ def draw(
     for name, show in _ROWS:
         table.add_row(name, *(show(interval) for interval in columns))
     table.add_row("accepted of drafted", *(_show_acceptance(i.drafting) for i in columns))
-    table.add_row("tokens a verification", *(_show_length(i.drafting) for i in columns))
+    table.add_row("mean acceptance length", *(_show_length(i.drafting) for i in columns))
     table.add_row("bound on speed-up", *(_show_bound(i.drafting, draft_share) for i in columns))
     parts: list[RenderableType] = [table]
     drafting = next((i.drafting for i in columns if i.drafting is not None), None)
@@ -48,8 +47,8 @@ def draw(
 
 _ROWS: tuple[tuple[str, Callable[[Interval], str]], ...] = (
     ("output tokens a second", lambda i: f"{i.tokens_per_s:.1f}"),
-    ("requests running, waiting", lambda i: f"{i.num_running}, {i.num_waiting}"),
-    ("KV cache in use", lambda i: f"{i.kv_cache_usage:.0%}"),
+    ("requests running, waiting", lambda i: f"{i.end.num_running}, {i.end.num_waiting}"),
+    ("KV cache in use", lambda i: f"{i.end.kv_cache_usage:.0%}"),
     ("time to first token", lambda i: _show_ms(i.time_to_first_token_s)),
     ("time between outputs", lambda i: _show_ms(i.inter_token_latency_s)),
 )
@@ -62,11 +61,11 @@ def _show_ms(seconds: float | None) -> str:
 def _show_acceptance(drafting: SpecDecodeCounters | None) -> str:
     if drafting is None:
         return "-"
-    return f"{drafting.num_accepted_tokens / drafting.num_draft_tokens:.0%}"
+    return f"{drafting.acceptance_rate:.0%}"
 
 
 def _show_length(drafting: SpecDecodeCounters | None) -> str:
-    return "-" if drafting is None else f"{drafting.tokens_per_step:.2f}"
+    return "-" if drafting is None else f"{drafting.mean_acceptance_length:.2f}"
 
 
 def _show_bound(drafting: SpecDecodeCounters | None, draft_share: float | None) -> str:

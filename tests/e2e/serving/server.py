@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
+
+from layerskip_vllm.tools.server.metrics import SpecDecodeCounters
 from layerskip_vllm.tools.server.process import Server
 
 ENVIRONMENT = {
@@ -84,13 +86,7 @@ class ModelServer(Server):
         text = self.fetch("/collective_rpc", {"method": method})
         return json.loads(text)["results"] if text else []
 
-    def counters(self, rank: int = 0) -> dict[str, float]:
-        """GET `/metrics`: vLLM's `spec_decode` counters by name, and by position after it."""
-        lines = self.fetch("/metrics").splitlines()
-        found = {}
-        for line in lines:
-            match = re.match(r"vllm:spec_decode_(\w+)_total\{(.*)\} (\S+)$", line)
-            if match and f'engine="{rank}"' in match[2]:
-                position = re.search(r'position="(\d+)"', match[2])
-                found[match[1] + (f"[{position[1]}]" if position else "")] = float(match[3])
-        return found
+    def counters(self, rank: int = 0) -> SpecDecodeCounters:
+        """GET `/metrics`: what one data-parallel rank has drafted and accepted."""
+        metrics = text_string_to_metric_families(self.fetch("/metrics"))
+        return SpecDecodeCounters.read(metrics, engine=rank)

@@ -79,7 +79,7 @@ def test_chat_gives_plain_vllms_text_when_drafting(
     before = server.counters()
     answer = json.loads(chat(server, max_tokens=20, ignore_eos=True))
     assert answer["choices"][0]["message"]["content"] == expected
-    assert server.counters()["num_drafts"] > before["num_drafts"]
+    assert server.counters().num_drafts > before.num_drafts
 
 
 @pytest.mark.feature("Requests", "streaming")
@@ -108,7 +108,7 @@ def test_tool_is_called_with_valid_arguments_when_drafting(
     arguments = json.loads(call["function"]["arguments"])
     assert arguments["to"] in ("left", "right")
     assert isinstance(arguments["far"], bool)
-    assert server.counters()["num_drafts"] > before["num_drafts"]
+    assert server.counters().num_drafts > before.num_drafts
 
 
 @pytest.mark.parametrize(

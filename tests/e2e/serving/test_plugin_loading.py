@@ -133,7 +133,7 @@ def test_workers_draft_as_the_yaml_file_says_when_serving_with_tensor_parallelis
 ) -> None:
     assert "layerskip is on: layers [0, 4) of 8 draft 5 tokens a step" in server.log
     counters = server.counters()
-    assert counters["num_draft_tokens"] > counters["num_accepted_tokens"] > 0
+    assert counters.num_draft_tokens > counters.num_accepted_tokens > 0
 
 
 IMPORTS = """

@@ -10,7 +10,7 @@ from benchmarks.serving.client import Completion, Round
 from benchmarks.serving.comparison import Mismatch, compare, count_same_tokens, summarize_speed
 from benchmarks.serving.picture import draw_comparison
 from benchmarks.serving.report import RunSetting, build_table, write_json
-from layerskip_vllm.tools.server.counters import SpecDecodeCounters
+from layerskip_vllm.tools.server.metrics import SpecDecodeCounters
 
 COUNTERS = SpecDecodeCounters(10, 40, 20, (9, 6, 4, 1))
 SETTING = RunSetting(

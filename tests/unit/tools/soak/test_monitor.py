@@ -9,8 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from layerskip_vllm.tools.server.counters import SpecDecodeCounters
-from layerskip_vllm.tools.server.metrics import Sample
+from layerskip_vllm.tools.server.metrics import Sample, SpecDecodeCounters
 from layerskip_vllm.tools.soak.monitor import Look, measure_growth_mib, read_memory_mib
 
 SAMPLE = Sample(0.0, {"vllm:kv_cache_usage_perc": 0.0}, SpecDecodeCounters(0, 0, 0, ()))

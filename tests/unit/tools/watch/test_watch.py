@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from layerskip_vllm.tools.commands import main
-from layerskip_vllm.tools.server.metrics import compare, is_restarted, parse_sample, read_sample
+from layerskip_vllm.tools.server.metrics import (
+    is_restarted,
+    measure_interval,
+    parse_sample,
+    read_sample,
+)
 
 PAGE = """\
 # TYPE vllm:generation_tokens counter
@@ -71,11 +76,11 @@ def server() -> Iterator[tuple[str, list[str]]]:
 
 
 def test_interval_is_the_difference_of_two_samples_when_engines_are_summed() -> None:
-    interval = compare(parse_sample(FIRST, 10.0), parse_sample(SECOND, 14.0))
+    interval = measure_interval(parse_sample(FIRST, 10.0), parse_sample(SECOND, 14.0))
     assert interval.seconds == 4.0
     assert interval.tokens_per_s == 2 * 50 / 4
-    assert interval.num_running == 5
-    assert interval.kv_cache_usage == pytest.approx(0.3)
+    assert interval.end.num_running == 5
+    assert interval.end.kv_cache_usage == pytest.approx(0.3)
     assert interval.time_to_first_token_s == pytest.approx(0.1)
     assert interval.inter_token_latency_s is None
     assert interval.drafting is not None
@@ -83,7 +88,7 @@ def test_interval_is_the_difference_of_two_samples_when_engines_are_summed() -> 
 
 
 def test_interval_has_no_drafts_when_nothing_was_drafted() -> None:
-    assert compare(parse_sample(FIRST, 0.0), parse_sample(FIRST, 1.0)).drafting is None
+    assert measure_interval(parse_sample(FIRST, 0.0), parse_sample(FIRST, 1.0)).drafting is None
 
 
 def test_restart_is_seen_when_counters_go_back() -> None:
