@@ -58,7 +58,7 @@ class DraftSettings:
 
 
 def default_settings(model: str, hf_config: Any, num_layers: int) -> DraftSettings:
-    """Settings for a checkpoint whose user named none.
+    """Find the settings for a checkpoint whose user named none.
 
     The checkpoint's own `layerskip` entry wins, then the table of published checkpoints, then a
     quarter of the layers and K = 4.
@@ -108,7 +108,7 @@ def _checked_entry(entry: Any) -> dict[str, Setting]:
 
 
 def write_entry(folder: Path, entry: Mapping[str, int]) -> None:
-    """Puts a `layerskip` entry into a checkpoint's `config.json`; all else in it stays.
+    """Put a `layerskip` entry into a checkpoint's `config.json`; all else in it stays.
 
     The file is replaced, not written into: in Hugging Face's cache it is a link to a shared one.
 

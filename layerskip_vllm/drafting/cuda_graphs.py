@@ -21,6 +21,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
     SpeculatorCudaGraphManager,
 )
 
+from layerskip_vllm.config.speculative import get_layerskip_config
 from layerskip_vllm.drafting.lora import DraftLoRA
 
 
@@ -70,7 +71,7 @@ class DraftCudaGraphs(SpeculatorCudaGraphManager, _CudaGraphsWithLoRA):
     @override
     def capture(self, *args: Any, specialize_spec_tokens: bool = False, **kwargs: Any) -> None:
         if specialize_spec_tokens:
-            config = self.vllm_config.speculative_config
+            config = get_layerskip_config(self.vllm_config)
             schedule = build_dynamic_sd_schedule_lookup(
                 config.num_speculative_tokens_per_batch_size,
                 vllm_max_batch_size=self.max_num_reqs,

@@ -12,8 +12,8 @@ from vllm.triton_utils import tl, triton
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 
 
-@triton.jit
-def _prepare_draft_kernel(
+@triton.jit  # type: ignore[untyped-decorator]
+def _prepare_draft_kernel(  # type: ignore[no-untyped-def]
     input_ids_ptr,
     positions_ptr,
     query_start_loc_ptr,
@@ -96,7 +96,7 @@ def prepare_draft(
 
 
 @triton.jit
-def _advance_draft_kernel(
+def _advance_draft_kernel(  # type: ignore[no-untyped-def]
     draft_tokens_ptr,
     draft_tokens_stride,
     step_ptr,

@@ -6,7 +6,8 @@ from vllm.logger import init_logger
 
 from layerskip_vllm.config.speculative import LayerSkipConfig
 from layerskip_vllm.drafting.bytes_read import share_of_bytes
-from layerskip_vllm.drafting.stages import ExitModel, layers_of
+from layerskip_vllm.drafting.exit_model import ExitModel
+from layerskip_vllm.drafting.stages import layers_of
 
 logger = init_logger("vllm.layerskip")
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from torch import nn
 from typing_extensions import override
 from vllm.config import VllmConfig
 from vllm.lora.layers import LoRAMapping, LoRAMappingType
@@ -23,7 +22,9 @@ class DraftLoRA(LoRAModelRunnerMixin):
     manager, which leaves out what it was given last, so that the target's next step sets its own.
     """
 
-    def __init__(self, vllm_config: VllmConfig, target: nn.Module):
+    lora_manager: LoRAModelManager  # type: ignore[assignment]  # its user, not a worker's
+
+    def __init__(self, vllm_config: VllmConfig, target: Any):
         """Take the adapters of a loaded model.
 
         Args:
@@ -31,9 +32,9 @@ class DraftLoRA(LoRAModelRunnerMixin):
             target: The whole model, with vLLM's LoRA layers in it.
         """
         self.lora_config = vllm_config.lora_config
-        self.lora_manager: LoRAModelManager = target.lora_manager
+        self.lora_manager = target.lora_manager
 
-    def map_requests(self, lora_ids: Sequence[int], num_tokens: int) -> None:
+    def map_requests(self, lora_ids: Iterable[int], num_tokens: int) -> None:
         """Set the adapter of each row of the draft steps to come.
 
         Args:
@@ -70,5 +71,5 @@ class DraftLoRA(LoRAModelRunnerMixin):
 
 
 def make_draft_lora(vllm_config: VllmConfig, target: Any) -> DraftLoRA | None:
-    """A `DraftLoRA` where the engine serves adapters, else None."""
+    """Make a `DraftLoRA` where the engine serves adapters."""
     return None if vllm_config.lora_config is None else DraftLoRA(vllm_config, target)

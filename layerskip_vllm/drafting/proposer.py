@@ -1,12 +1,12 @@
 """Drafting on Model Runner V1 (CPUs, and GPUs where V2 is switched off).
 
-`plugin` puts it in the place of vLLM's `DraftModelProposer`; runs in the worker.
+`hooks` put it in the place of vLLM's `DraftModelProposer`; runs in the worker.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -23,13 +23,18 @@ from vllm.v1.sample.sampler import _SAMPLING_EPS
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.worker.utils import AttentionGroup
 
+from layerskip_vllm.config.speculative import LayerSkipConfig
+from layerskip_vllm.drafting.exit_model import ExitModel
 from layerskip_vllm.drafting.log import log_drafting
 from layerskip_vllm.drafting.lora import make_draft_lora
-from layerskip_vllm.drafting.stages import ExitModel
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+# The draft tokens of a step, `[num_reqs] int64`, and what they were sampled from where they were
+# sampled, `[num_reqs, vocab_size] float32`.
+Sampled: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 
 # A draft step has one row a request, and on CPUs PyTorch's matrix products with one to three rows
 # take longer than with four: 12 against 10 ms for four layers of 2048 on two cores of an AMD EPYC.
@@ -55,12 +60,30 @@ class DraftSlots:
     slot_mappings: dict[int, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class DraftBatch:
+    """How the draft steps of a batch run, as all data-parallel ranks agree.
+
+    Attributes:
+        cudagraph_mode: Which CUDA graphs run them.
+        num_tokens: Rows of a step: one a request, and padding.
+        num_tokens_across_dp: `[dp_size] int32` on the host, None on a single rank.
+    """
+
+    cudagraph_mode: CUDAGraphMode
+    num_tokens: int
+    num_tokens_across_dp: torch.Tensor | None
+
+
 class LayerSkipProposer(DraftModelProposer):
     """Drafts with the target's first layers, over the target's own KV cache.
 
     Differs from its base: no draft model is loaded, and no draft prefill is run, since the target
-    has already written the prefix's keys and values of every token it has seen.
+    has already written the first layers' keys and values of every token it has seen.
     """
+
+    speculative_config: LayerSkipConfig
+    model: ExitModel
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: GPUModelRunner):
         super().__init__(vllm_config, device, runner)
@@ -93,7 +116,7 @@ class LayerSkipProposer(DraftModelProposer):
     def initialize_attn_backend(
         self, kv_cache_config: KVCacheConfig, kernel_block_sizes: list[int] | None = None
     ) -> None:
-        """Group the prefix's attention layers by KV cache group and backend.
+        """Group the first layers' attention by KV cache group and backend.
 
         Differs from its base: the layers may lie in several KV cache groups (sliding windows).
         """
@@ -105,9 +128,11 @@ class LayerSkipProposer(DraftModelProposer):
             self.max_model_len + self.speculative_config.num_speculative_tokens
         )
         layers = get_layers_from_vllm_config(
-            self.vllm_config, AttentionLayerBase, list(self._draft_attn_layer_names)
+            self.vllm_config,
+            AttentionLayerBase,  # type: ignore[type-abstract]  # finds instances, makes none
+            list(self._draft_attn_layer_names),
         )
-        groups: dict[tuple[int, str, Any], AttentionGroup] = {}
+        groups: dict[Any, AttentionGroup] = {}
         for group_id, kv_cache_group in enumerate(kv_cache_config.kv_cache_groups):
             for name in kv_cache_group.layer_names:
                 if name not in layers:
@@ -209,18 +234,30 @@ class LayerSkipProposer(DraftModelProposer):
         num_reqs = common_attn_metadata.batch_size()
         if num_speculative_tokens == 0:
             return next_token_ids.new_empty((num_reqs, 0), dtype=torch.int64)
+        # A request's last token comes right after all that the target has run and kept.
         positions = common_attn_metadata.seq_lens.long()
         if num_rejected_tokens_gpu is not None:
             positions = positions - num_rejected_tokens_gpu
-        cudagraph_mode, num_input_tokens, num_tokens_across_dp = (
-            self._determine_batch_execution_and_padding(max(num_reqs, self._min_num_rows))
-        )
+        batch = self._dispatch(max(num_reqs, self._min_num_rows))
         if self._lora is not None:
             lora_ids = self.runner.input_batch.request_lora_mapping[:num_reqs]
-            self._lora.map_requests(lora_ids, num_input_tokens)
-        slots = self._find_slots(num_speculative_tokens, positions, num_input_tokens)
-        metadata = replace(
-            common_attn_metadata,
+            self._lora.map_requests(lora_ids, batch.num_tokens)
+        slots = self._find_slots(num_speculative_tokens, positions, batch.num_tokens)
+        metadata = self._one_token_a_request(common_attn_metadata)
+        self.input_ids[:num_reqs] = next_token_ids
+        return self._draft(num_speculative_tokens, batch, slots, metadata, sampling_metadata)
+
+    def _dispatch(self, num_tokens: int, use_cudagraphs: bool = True) -> DraftBatch:
+        """Pick the CUDA graph and the padding of a batch, the same on all DP ranks."""
+        return DraftBatch(
+            *self._determine_batch_execution_and_padding(num_tokens, use_cudagraphs=use_cudagraphs)
+        )
+
+    def _one_token_a_request(self, target: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        """Make of the target step's metadata what all draft steps have in common."""
+        num_reqs = target.batch_size()
+        return replace(
+            target,
             query_start_loc=self.arange[: num_reqs + 1],
             query_start_loc_cpu=torch.arange(num_reqs + 1, dtype=torch.int32),
             num_reqs=num_reqs,
@@ -231,34 +268,59 @@ class LayerSkipProposer(DraftModelProposer):
             _num_computed_tokens_cache=None,
             _token_to_req_indices_cache=None,
         )
-        draft_token_ids: list[torch.Tensor] = []
-        draft_probs: list[torch.Tensor] = []
-        self.input_ids[:num_reqs] = next_token_ids
+
+    def _draft(
+        self,
+        num_speculative_tokens: int,
+        batch: DraftBatch,
+        slots: DraftSlots,
+        metadata: CommonAttentionMetadata,
+        sampling_metadata: SamplingMetadata,
+    ) -> torch.Tensor:
+        """Run the draft steps: `[num_reqs, num_speculative_tokens] int64`, what they sample."""
+        steps: list[Sampled] = []
         for step in range(num_speculative_tokens):
             if step > 0:
-                self.input_ids[:num_reqs] = draft_token_ids[-1]
-            self.positions[:num_reqs] = slots.positions[step]
-            attn_metadata, slot_mapping = self._build_attention(step, slots, metadata)
-            with set_forward_context(
-                attn_metadata,
-                self.vllm_config,
-                num_tokens=num_input_tokens,
-                num_tokens_across_dp=num_tokens_across_dp,
-                cudagraph_runtime_mode=cudagraph_mode,
-                slot_mapping=slot_mapping,
-            ):
-                hidden_states = self.model(
-                    self.input_ids[:num_input_tokens], self.positions[:num_input_tokens]
-                )
-            token_ids, probs = self._sample_draft_tokens(
-                hidden_states[:num_reqs], sampling_metadata
+                self.input_ids[: metadata.num_reqs] = steps[-1][0]
+            steps.append(self._draft_one(step, batch, slots, metadata, sampling_metadata))
+        probs = [probs for _, probs in steps if probs is not None]
+        if probs:
+            self._last_draft_probs = torch.stack(probs, dim=1).contiguous()
+        return torch.stack([token_ids for token_ids, _ in steps], dim=1)
+
+    def _draft_one(
+        self,
+        step: int,
+        batch: DraftBatch,
+        slots: DraftSlots,
+        metadata: CommonAttentionMetadata,
+        sampling_metadata: SamplingMetadata,
+    ) -> Sampled:
+        """Run one draft step on the tokens in `input_ids`: first layers, head, sampling."""
+        num_reqs = metadata.num_reqs
+        self.positions[:num_reqs] = slots.positions[step]
+        hidden_states = self._run_model(batch, *self._build_attention(step, slots, metadata))
+        return self._sample_draft_tokens(hidden_states[:num_reqs], sampling_metadata)
+
+    def _run_model(
+        self,
+        batch: DraftBatch,
+        attn_metadata: dict[str, Any] | None,
+        slot_mapping: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """Run the exit model: `[num_tokens, hidden_size]`."""
+        with set_forward_context(
+            attn_metadata,
+            self.vllm_config,
+            num_tokens=batch.num_tokens,
+            num_tokens_across_dp=batch.num_tokens_across_dp,
+            cudagraph_runtime_mode=batch.cudagraph_mode,
+            slot_mapping=slot_mapping,
+        ):
+            hidden_states: torch.Tensor = self.model(
+                self.input_ids[: batch.num_tokens], self.positions[: batch.num_tokens]
             )
-            draft_token_ids.append(token_ids)
-            if probs is not None:
-                draft_probs.append(probs)
-        if draft_probs:
-            self._last_draft_probs = torch.stack(draft_probs, dim=1).contiguous()
-        return torch.stack(draft_token_ids, dim=1)
+        return hidden_states
 
     def _find_slots(
         self, num_steps: int, first_positions: torch.Tensor, num_input_tokens: int
@@ -315,7 +377,7 @@ class LayerSkipProposer(DraftModelProposer):
     @override
     def _sample_from_logits(
         self, logits: torch.Tensor, sampling_metadata: SamplingMetadata
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> Sampled:
         """Sample a draft token of each request at its temperature.
 
         Differs from its base: a request that has a seed draws from it, so that it gets the same
@@ -348,17 +410,6 @@ class LayerSkipProposer(DraftModelProposer):
 
         Differs from its base: the ranks agree on a batch once, as in `propose`, not twice.
         """
-        num_tokens = min(num_tokens, self.max_num_tokens)
-        cudagraph_mode, num_input_tokens, num_tokens_across_dp = (
-            self._determine_batch_execution_and_padding(num_tokens, use_cudagraphs=use_cudagraphs)
-        )
+        batch = self._dispatch(min(num_tokens, self.max_num_tokens), use_cudagraphs)
         for _ in range(1 if is_graph_capturing else self.num_speculative_tokens):
-            with set_forward_context(
-                None,
-                self.vllm_config,
-                num_tokens=num_input_tokens,
-                num_tokens_across_dp=num_tokens_across_dp,
-                cudagraph_runtime_mode=cudagraph_mode,
-                slot_mapping=slot_mappings or {},
-            ):
-                self.model(self.input_ids[:num_input_tokens], self.positions[:num_input_tokens])
+            self._run_model(batch, None, slot_mappings or {})

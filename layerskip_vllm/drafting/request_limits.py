@@ -5,7 +5,6 @@ In the engine core: the scheduler alone decides how many of a request's drafts a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from layerskip_vllm.config.request import max_num_drafts
@@ -13,18 +12,17 @@ from layerskip_vllm.config.request import max_num_drafts
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.request import Request
 
 
-def limit_drafts(requests: Iterable[Request]) -> None:
+def limit_drafts(scheduler: Scheduler) -> None:
     """Cut the drafts that requests take into the next step, before it is scheduled.
 
     With asynchronous scheduling they are placeholders, whose number is what counts.
 
     Args:
-        requests: The running requests.
+        scheduler: The scheduler, whose running requests are cut.
     """
-    for request in requests:
+    for request in scheduler.running:
         limit = max_num_drafts(request.sampling_params)
         if limit is not None and len(request.spec_token_ids) > limit:
             # Asynchronous scheduling shares one list between all requests.

@@ -1,6 +1,6 @@
 """Drafting on Model Runner V2, the default on GPUs, written for CUDA graphs.
 
-`plugin` has vLLM's `init_speculator` make it; runs in the worker.
+`hooks` have vLLM's `init_speculator` make it; runs in the worker.
 """
 
 from __future__ import annotations
@@ -27,21 +27,24 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.utils import AttentionGroup
 
+from layerskip_vllm.config.speculative import LayerSkipConfig
 from layerskip_vllm.drafting.cuda_graphs import DraftCudaGraphs
+from layerskip_vllm.drafting.exit_model import ExitModel
 from layerskip_vllm.drafting.kernels import advance_draft, prepare_draft
 from layerskip_vllm.drafting.log import log_drafting
 from layerskip_vllm.drafting.lora import DraftLoRA, make_draft_lora
-from layerskip_vllm.drafting.stages import ExitModel
 
 
 class LayerSkipSpeculator(DraftModelSpeculator):
     """Drafts with the target's first layers, over the target's own KV cache.
 
-    All K steps are alike, one token a request: the target has already written the prefix's keys
-    and values of every token it has seen, so there is no draft prefill. Where the attention backend
-    can update its metadata on the device, the K steps are one CUDA graph; elsewhere each step is.
+    All K steps are alike, one token a request: the target has already written the first layers'
+    keys and values of every token it has seen, so there is no draft prefill. Where the attention
+    backend can update its metadata on the device, the K steps are one CUDA graph; elsewhere each
+    step is.
     """
 
+    speculative_config: LayerSkipConfig
     model: ExitModel
     draft_attn_layer_names: set[str]
 
@@ -70,7 +73,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         target_attn_groups: list[list[AttentionGroup]],
     ) -> None:
         # The runner takes these names out of the target's checks, so it must see none: there are no
-        # layers but the target's. Only the metadata of draft steps is built for the prefix's.
+        # layers but the target's. Only the metadata of draft steps is built for the first ones'.
         # vLLM may have found a context that fits the memory since this was made.
         self.max_model_len = self.vllm_config.model_config.max_model_len
         no_names = self.draft_attn_layer_names
@@ -330,7 +333,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         cudagraph_runtime_mode: CUDAGraphMode,
         num_speculative_steps: int,
     ) -> None:
-        """Run one draft step: the prefix, the head, sampling, and the next step's inputs."""
+        """Run one draft step: first layers, head, sampling, and the next step's inputs."""
         with set_forward_context(
             attn_metadata,
             self.vllm_config,

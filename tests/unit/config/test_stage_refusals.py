@@ -71,25 +71,25 @@ def test_model_is_refused_when_it_has_not_one_module_that_slices(
 
 
 def test_model_is_refused_when_no_attention_layer_comes_before_the_exit() -> None:
-    from layerskip_vllm.drafting.stages import _check_prefix
+    from layerskip_vllm.drafting.exit_model import _check_attention
 
     with pytest.raises(ValueError, match="needs attention layers before the exit"):
-        _check_prefix({}, set())
+        _check_attention({}, set())
 
 
 def test_model_is_refused_when_a_layer_before_the_exit_shares_its_kv_cache() -> None:
-    from layerskip_vllm.drafting.stages import _check_prefix
+    from layerskip_vllm.drafting.exit_model import _check_attention
 
     own, shared = nn.Identity(), nn.Identity()
     shared.kv_sharing_target_layer_name = "layers.0.attn"
     layers = {"layers.0.attn": own, "layers.1.attn": shared}
-    _check_prefix(layers, {"layers.0.attn"})
+    _check_attention(layers, {"layers.0.attn"})
     with pytest.raises(ValueError, match=r"layers\.1\.attn shares the KV cache of layers\.0\.attn"):
-        _check_prefix(layers, set(layers))
+        _check_attention(layers, set(layers))
 
 
 def test_draft_weights_are_refused_because_there_are_none() -> None:
-    from layerskip_vllm.drafting.stages import ExitModel
+    from layerskip_vllm.drafting.exit_model import ExitModel
 
     with pytest.raises(ValueError, match=r"no draft weights .* Update the target's weights alone"):
         ExitModel.load_weights(nn.Identity(), [])
