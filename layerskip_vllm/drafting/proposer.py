@@ -15,7 +15,6 @@ from vllm.config import CUDAGraphMode, VllmConfig, get_layers_from_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import random_sample
@@ -27,6 +26,7 @@ from layerskip_vllm.config.speculative import LayerSkipConfig
 from layerskip_vllm.drafting.exit_model import ExitModel
 from layerskip_vllm.drafting.log import log_drafting
 from layerskip_vllm.drafting.lora import make_draft_lora
+from layerskip_vllm.drafting.slots import DraftSlots, find_slots
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
@@ -39,25 +39,6 @@ Sampled: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 # A draft step has one row a request, and on CPUs PyTorch's matrix products with one to three rows
 # take longer than with four: 12 against 10 ms for four layers of 2048 on two cores of an AMD EPYC.
 MIN_ROWS_ON_CPU = 4
-
-
-@dataclass(frozen=True)
-class DraftSlots:
-    """Where each step of a draft reads and writes; known before its first token is.
-
-    Rows that draft for nothing (a prompt's chunk that is not its last, a request at the end of its
-    context) run along but write no keys and values.
-
-    Attributes:
-        positions: `[num_steps, num_reqs] int64`.
-        seq_lens: `[num_steps, num_reqs] int32`, with the step's own token.
-        slot_mappings: `[num_steps, num_input_tokens] int64` by KV cache group; `PAD_SLOT_ID` where
-            nothing is written.
-    """
-
-    positions: torch.Tensor
-    seq_lens: torch.Tensor
-    slot_mappings: dict[int, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -142,10 +123,8 @@ class LayerSkipProposer(DraftModelProposer):
                     spec = spec.kv_cache_specs[name]
                 backend = layers[name].get_attn_backend()
                 key = (group_id, backend.full_cls_name(), spec)
-                if key in groups:
-                    groups[key].layer_names.append(name)
-                else:
-                    groups[key] = AttentionGroup(backend, [name], spec, group_id)
+                group = groups.setdefault(key, AttentionGroup(backend, [], spec, group_id))
+                group.layer_names.append(name)
         for group in groups.values():
             sizes = kernel_block_sizes or []
             gid = group.kv_cache_group_id
@@ -242,7 +221,14 @@ class LayerSkipProposer(DraftModelProposer):
         if self._lora is not None:
             lora_ids = self.runner.input_batch.request_lora_mapping[:num_reqs]
             self._lora.map_requests(lora_ids, batch.num_tokens)
-        slots = self._find_slots(num_speculative_tokens, positions, batch.num_tokens)
+        slots = find_slots(
+            self.runner.input_batch.block_table,
+            {group.kv_cache_group_id for group in self.draft_attn_groups},
+            positions + self.arange[:num_speculative_tokens].unsqueeze(1),
+            self.runner.discard_request_mask.gpu[:num_reqs],
+            batch.num_tokens,
+            self.max_model_len,
+        )
         metadata = self._one_token_a_request(common_attn_metadata)
         self.input_ids[:num_reqs] = next_token_ids
         return self._draft(num_speculative_tokens, batch, slots, metadata, sampling_metadata)
@@ -321,27 +307,6 @@ class LayerSkipProposer(DraftModelProposer):
                 self.input_ids[: batch.num_tokens], self.positions[: batch.num_tokens]
             )
         return hidden_states
-
-    def _find_slots(
-        self, num_steps: int, first_positions: torch.Tensor, num_input_tokens: int
-    ) -> DraftSlots:
-        """Look up the KV cache slots of all steps, from each request's `first_positions`."""
-        num_reqs = first_positions.shape[0]
-        positions = first_positions + self.arange[:num_steps].unsqueeze(1)
-        is_active = positions < self.max_model_len
-        is_active &= ~self.runner.discard_request_mask.gpu[:num_reqs]
-        positions = positions.clamp(max=self.max_model_len - 1)
-        slot_mappings = {}
-        for gid in dict.fromkeys(group.kv_cache_group_id for group in self.draft_attn_groups):
-            block_table = self.runner.input_batch.block_table[gid]
-            block_size = block_table.block_size
-            blocks = block_table.get_device_tensor(num_reqs)
-            block_ids = blocks.gather(1, (positions // block_size).T).T.long()
-            slots = block_ids * block_size + positions % block_size
-            slot_mapping = slots.new_full((num_steps, num_input_tokens), PAD_SLOT_ID)
-            slot_mapping[:, :num_reqs] = torch.where(is_active, slots, PAD_SLOT_ID)
-            slot_mappings[gid] = slot_mapping
-        return DraftSlots(positions, (positions + 1).int(), slot_mappings)
 
     def _build_attention(
         self, step: int, slots: DraftSlots, metadata: CommonAttentionMetadata
