@@ -22,9 +22,10 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.decoding.engines import COUNTING_ENGINE, Engine, run_engines
-from benchmarks.hardware import describe_hardware
 from layerskip_vllm.tools import stdlib_corpus
 from layerskip_vllm.tools.commands import main as run_command
+from layerskip_vllm.tools.hardware import describe_hardware
+from layerskip_vllm.tools.prompts import held_out_prompts
 
 MODEL = Path("checkpoints/stdlib-24l")
 EXIT_LAYER, NUM_SPECULATIVE_TOKENS = 6, 4
@@ -97,7 +98,7 @@ def compare(folder: Path, updated: Path) -> list[Result]:
         for name, speculative in systems.items()
     }
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    texts = stdlib_corpus.held_out_prompts(NUM_PROMPTS)
+    texts = held_out_prompts(NUM_PROMPTS)
     prompts = [tokenizer.encode(text.upper()) for text in texts]
     results = []
     for name, engine_arguments in engine_args.items():

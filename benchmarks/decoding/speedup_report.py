@@ -15,7 +15,7 @@ from benchmarks.decoding.engines import Facts, Measurement
 from benchmarks.decoding.speedup_summary import Summary
 from benchmarks.decoding.synthetic_checkpoint import SyntheticCheckpoint
 from benchmarks.decoding.weight_counts import WeightCounts
-from benchmarks.hardware import describe_hardware
+from layerskip_vllm.tools.hardware import describe_hardware
 
 BYTES_PER_WEIGHT = {"bfloat16": 2, "float16": 2, "float32": 4}
 

@@ -19,7 +19,6 @@ import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
-from benchmarks.hardware import describe_hardware, list_gpu_names
 from benchmarks.serving.comparison import Comparison, compare
 from benchmarks.serving.picture import draw_comparison
 from benchmarks.serving.report import RunSetting, build_table, write_json
@@ -32,10 +31,11 @@ from benchmarks.serving.vllm_command import (
     resolve_vllm,
 )
 from layerskip_vllm.checkpoint.entry import default_settings
+from layerskip_vllm.tools.hardware import describe_hardware, list_gpu_names
+from layerskip_vllm.tools.prompts import held_out_prompts
 from layerskip_vllm.tools.server.event_stream import StreamError
 from layerskip_vllm.tools.server.metrics import SpecDecodeCounters
 from layerskip_vllm.tools.server.process import Server, ServerError
-from layerskip_vllm.tools.stdlib_corpus import held_out_prompts
 
 _DEFAULT_MODEL = "checkpoints/stdlib-24l"
 _DEFAULT_OUTPUT_DIR = Path("demo-output")

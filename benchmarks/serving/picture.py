@@ -9,13 +9,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.serving.comparison import Comparison, Speed
 from benchmarks.serving.report import RunSetting, describe_equality
+from layerskip_vllm.tools.chart_style import INK, LAYERSKIP, MUTED, PLAIN, TRACK, WRONG, style_axes
 
-_INK = "#1f2933"
-_MUTED = "#7b8794"
-_PLAIN = "#b8c1cc"
-_LAYERSKIP = "#0f766e"
-_TRACK = "#eef1f4"
-_WRONG = "#b42318"
 _LEFT = 0.025
 
 
@@ -44,7 +39,7 @@ def draw_comparison(path: Path, comparison: Comparison, setting: RunSetting) -> 
     _draw_acceptance(acceptance, comparison)
     _write_headline(figure, comparison)
     lines = (setting.describe_run(), setting.describe_load(), setting.describe_machine())
-    figure.text(_LEFT, 0.035, "\n".join(lines), color=_MUTED, fontsize=9.5, linespacing=1.5)
+    figure.text(_LEFT, 0.035, "\n".join(lines), color=MUTED, fontsize=9.5, linespacing=1.5)
     figure.savefig(path)
 
 
@@ -55,24 +50,24 @@ def _write_headline(figure: Figure, comparison: Comparison) -> None:
         f"LayerSkip in vLLM: {comparison.speedup:.2f} times the tokens a second",
         fontsize=19,
         fontweight="bold",
-        color=_INK,
+        color=INK,
     )
     figure.text(
         _LEFT,
         0.85,
         f"Every token the same as plain vLLM's: {describe_equality(comparison)}",
         fontsize=12.5,
-        color=_LAYERSKIP if comparison.is_every_token_same else _WRONG,
+        color=LAYERSKIP if comparison.is_every_token_same else WRONG,
     )
 
 
 def _draw_pair(axes: Axes, title: str, hint: str, plain: float, layerskip: float) -> None:
     values = (plain, layerskip)
-    bars = axes.bar(("plain", "layerskip"), values, width=0.62, color=(_PLAIN, _LAYERSKIP))
-    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=12, fontweight="bold", color=_INK)
+    bars = axes.bar(("plain", "layerskip"), values, width=0.62, color=(PLAIN, LAYERSKIP))
+    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=12, fontweight="bold", color=INK)
     axes.set_ylim(0, 1.15 * max(values))
     axes.margins(x=0.12)
-    _style(axes, title, hint)
+    style_axes(axes, title, hint)
     axes.set_yticks([])
 
 
@@ -80,34 +75,27 @@ def _draw_ranges(axes: Axes, *speeds: Speed) -> None:
     """Adds a line from the slowest to the fastest round, and says so."""
     for position, speed in enumerate(speeds):
         by_round = speed.tokens_per_s_by_round
-        axes.vlines(position + 0.38, min(by_round), max(by_round), color=_MUTED, linewidth=2)
+        axes.vlines(position + 0.38, min(by_round), max(by_round), color=MUTED, linewidth=2)
     axes.set_ylim(
         0, max(axes.get_ylim()[1], 1.04 * max(max(s.tokens_per_s_by_round) for s in speeds))
     )
-    axes.set_xlabel("line: slowest to fastest round", color=_MUTED, fontsize=9)
+    axes.set_xlabel("line: slowest to fastest round", color=MUTED, fontsize=9)
 
 
 def _draw_acceptance(axes: Axes, comparison: Comparison) -> None:
     shares = comparison.counters.acceptance_by_position
     positions = range(1, len(shares) + 1)
-    axes.bar(positions, 100, width=0.7, color=_TRACK)
-    bars = axes.bar(positions, [100 * share for share in shares], width=0.7, color=_LAYERSKIP)
+    axes.bar(positions, 100, width=0.7, color=TRACK)
+    bars = axes.bar(positions, [100 * share for share in shares], width=0.7, color=LAYERSKIP)
     label_size = 12 if len(shares) <= 6 else 9
     axes.bar_label(
-        bars, fmt="%.0f %%", padding=3, fontsize=label_size, fontweight="bold", color=_INK
+        bars, fmt="%.0f %%", padding=3, fontsize=label_size, fontweight="bold", color=INK
     )
     axes.set_ylim(0, 115)
     axes.set_xticks(positions)
-    axes.set_xlabel("position in the draft", color=_MUTED, fontsize=10)
-    hint = f"{comparison.counters.mean_acceptance_length:.2f} tokens a step and request; plain makes 1"
-    _style(axes, "Drafted tokens accepted", hint)
+    axes.set_xlabel("position in the draft", color=MUTED, fontsize=10)
+    hint = (
+        f"{comparison.counters.mean_acceptance_length:.2f} tokens a step and request; plain makes 1"
+    )
+    style_axes(axes, "Drafted tokens accepted", hint)
     axes.set_yticks([])
-
-
-def _style(axes: Axes, title: str, hint: str) -> None:
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_INK, pad=22)
-    axes.text(0, 1.035, hint, transform=axes.transAxes, fontsize=10, color=_MUTED)
-    axes.tick_params(length=0, labelsize=11, labelcolor=_INK)
-    for side in ("top", "left", "right"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_PLAIN)

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.hardware import describe_hardware
+from layerskip_vllm.tools.hardware import describe_hardware
 
 # `LayerSkipSettings` by variant; None trains plainly. The paper's R for Llama 2 7B is 8.
 VARIANTS: Mapping[str, dict[str, Any] | None] = {

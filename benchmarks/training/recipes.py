@@ -25,11 +25,12 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.decoding.engines import COUNTING_ENGINE, run_engines
-from benchmarks.hardware import describe_hardware
 from checkpoints.stdlib.small_model import encode_files
 from layerskip_vllm.checkpoint.exit_adapter import load_exit_adapter
 from layerskip_vllm.tools import stdlib_corpus
 from layerskip_vllm.tools.commands import main as run_command
+from layerskip_vllm.tools.hardware import describe_hardware
+from layerskip_vllm.tools.prompts import held_out_prompts
 from layerskip_vllm.training.decoder import find_decoder_parts
 from layerskip_vllm.training.exit_evaluation import measure_held_out
 from layerskip_vllm.training.exit_head import ExitHead
@@ -147,7 +148,7 @@ def _load(folder: Path) -> tuple[Any, torch.Tensor]:
 def count_accepted(model: Path, log_folder: Path, **speculative_config: Any) -> float:
     """Returns accepted by drafted tokens over held-out prompts, with a vLLM engine in float32."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    texts = stdlib_corpus.held_out_prompts(NUM_PROMPTS)
+    texts = held_out_prompts(NUM_PROMPTS)
     arguments = {
         **COUNTING_ENGINE,
         "model": str(model),

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from layerskip_vllm.tools.stdlib_corpus import held_out_prompts
+from layerskip_vllm.tools.prompts import held_out_prompts
 from layerskip_vllm.training.exit_evaluation import complete_greedily
 
 _CARD = """\

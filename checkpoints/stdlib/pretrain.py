@@ -27,6 +27,7 @@ from checkpoints.stdlib.small_model import (
     train_tokenizer,
 )
 from layerskip_vllm.tools import stdlib_corpus
+from layerskip_vllm.tools.prompts import held_out_prompts
 from layerskip_vllm.training.decoder import (
     DecoderParts,
     capture_layer_outputs,
@@ -176,7 +177,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Returns every exit's held-out loss and, by E, the acceptance of its greedy drafts."""
     losses = held_out_exit_losses(model, held_out_ids, seq_len=512)
-    prompts = stdlib_corpus.held_out_prompts(num_prompts)
+    prompts = held_out_prompts(num_prompts)
     matches = exit_matches(
         model,
         [tokenizer.encode(prompt) for prompt in prompts],

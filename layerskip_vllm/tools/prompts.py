@@ -1,8 +1,15 @@
-"""The prompts that `layerskip-vllm verify` completes: its own, or cut from the user's text."""
+"""Prompts: built in, cut from a user's text, or from held-out code of the standard library.
+
+`verify` and `soak` ask the first, `verify` the second, the demo and the benchmarks the third.
+"""
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Sequence
+from pathlib import Path
+
+from layerskip_vllm.tools.stdlib_corpus import held_out_files
 
 # More than the tokens of a prompt have in any usual tokenizer.
 _CHARACTERS_PER_TOKEN = 6
@@ -25,6 +32,11 @@ BUILT_IN = (
     '{"name": "Ada Lovelace", "born": 1815, "occupation": ',
     "To compute the greatest common divisor of two numbers, Euclid's algorithm repeats",
 )
+
+
+def spread_evenly(num_places: int, num_chosen: int) -> list[int]:
+    """Return `num_chosen` of the places 0 to `num_places` - 1, as far apart as they can be."""
+    return [index * num_places // num_chosen for index in range(num_chosen)]
 
 
 def cut_prompts(documents: Sequence[str], num_prompts: int, num_prompt_tokens: int) -> list[str]:
@@ -53,7 +65,7 @@ def cut_prompts(documents: Sequence[str], num_prompts: int, num_prompt_tokens: i
             f"num_prompts is {num_prompts}, but data has text for {len(pieces)}; ask for fewer or "
             "name more text."
         )
-    return [pieces[index * len(pieces) // num_prompts] for index in range(num_prompts)]
+    return [pieces[index] for index in spread_evenly(len(pieces), num_prompts)]
 
 
 def choose_prompts(
@@ -80,3 +92,70 @@ def choose_prompts(
             "number of built-in prompts."
         )
     return list(BUILT_IN[:num_prompts])
+
+
+def held_out_prompts(
+    num_prompts: int, max_prompt_chars: int = 800, root: Path | None = None
+) -> list[str]:
+    """Return prompts cut from held-out code where a function's body is about to begin.
+
+    A prompt ends with a function's header, or with its docstring where it has one: a completion is
+    the function's body. It ends before the line break, since a tokenizer joins that and the next
+    line's indentation into one token. The functions are spread evenly over the files.
+
+    Args:
+        num_prompts: How many to return.
+        max_prompt_chars: Limit of a prompt's length; it starts at the first whole line within.
+        root: Folder to read; the running interpreter's standard library when None.
+
+    Returns:
+        `num_prompts` prompts, in the order of the files' paths.
+
+    Raises:
+        ValueError: `num_prompts` is not positive, or the held-out files have fewer places to cut.
+    """
+    if num_prompts < 1:
+        raise ValueError(f"num_prompts must be at least 1, got {num_prompts}.")
+    places = [
+        (file, offset)
+        for file in held_out_files(root)
+        for offset in _function_body_offsets(file.text)
+        if offset >= max_prompt_chars // 4
+    ]
+    if len(places) < num_prompts:
+        raise ValueError(
+            f"num_prompts must be at most {len(places)}, the places to cut in the held-out files, "
+            f"got {num_prompts}."
+        )
+    chosen = [places[index] for index in spread_evenly(len(places), num_prompts)]
+    return [_cut_prompt(file.text, offset, max_prompt_chars) for file, offset in chosen]
+
+
+def _function_body_offsets(text: str) -> list[int]:
+    """Return where each function's header and docstring end, the offset of the line break."""
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return []
+    line_starts = [0]
+    for line in text.split("\n"):
+        line_starts.append(line_starts[-1] + len(line) + 1)
+    offsets = []
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        first = node.body[0]
+        if ast.get_docstring(node, clean=False) is not None:
+            if len(node.body) > 1:
+                offsets.append(line_starts[first.end_lineno or first.lineno] - 1)
+        elif first.lineno > node.lineno:
+            offsets.append(line_starts[first.lineno - 1] - 1)
+    return sorted(offsets)
+
+
+def _cut_prompt(text: str, offset: int, max_prompt_chars: int) -> str:
+    start = max(0, offset - max_prompt_chars)
+    if start > 0:
+        line_break = text.find("\n", start - 1, offset - 1)
+        start = line_break + 1 if line_break >= 0 else start
+    return text[start:offset].rstrip()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from layerskip_vllm.tools.prompts import spread_evenly
 from layerskip_vllm.tools.stdlib_corpus import held_out_files
 
 STDLIB = "stdlib"
@@ -79,7 +80,8 @@ def _read_line(where: str, line: str) -> str:
         raise ValueError(f"{where} is not JSON: {error}.") from error
     if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
         raise ValueError(f"{where} must be an object whose 'text' is a string.")
-    return entry["text"]
+    text: str = entry["text"]
+    return text
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class HeldOutText:
 
     def _spread(self, rows: torch.Tensor, max_rows: int) -> torch.Tensor:
         num_rows = min(len(rows), max_rows)
-        chosen = rows[torch.arange(num_rows) * len(rows) // num_rows]
+        chosen = rows[spread_evenly(len(rows), num_rows)]
         prefix = torch.tensor(self.prefix, dtype=torch.int64).expand(num_rows, -1)
         return torch.cat([prefix, chosen], dim=1)
 

@@ -9,20 +9,20 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
 import platform
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip_vllm import __version__, plugin
 from layerskip_vllm.checkpoint.weight_shares import estimate_shares, find_folder, read_shares
-from layerskip_vllm.hooks import install as hooks
-from layerskip_vllm.hooks import method_hooks as hook_table
+from layerskip_vllm.hooks.install import Hook, HookError, check, hook_state
+from layerskip_vllm.hooks.method_hooks import REGISTRY
+from layerskip_vllm.hooks.vllm_source import SUPPORTED_VLLM_VERSIONS, read_digests
 from layerskip_vllm.tools.doctor.report import Report, format_report
+from layerskip_vllm.tools.hardware import describe_cpu
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -82,7 +82,7 @@ def examine_versions(report: Report) -> None:
         report.versions[package] = next(filter(None, map(_version, names)), None)
     report.versions["python"] = platform.python_version()
     if report.versions["vllm"] is None:
-        versions = " or ".join(hooks.SUPPORTED_VLLM_VERSIONS)
+        versions = " or ".join(SUPPORTED_VLLM_VERSIONS)
         report.problems.append(f"vLLM is not installed; install vllm=={versions}.")
 
 
@@ -113,37 +113,39 @@ def examine_plugin(report: Report) -> None:
 
 
 def examine_hooks(report: Report) -> None:
-    """Check all hooks against vLLM's source, then install them here and import their targets."""
-    has_registry = importlib.util.find_spec(plugin.REGISTRY) is not None
+    """Check the ledger against vLLM's source, then install the hooks and import their targets."""
+    import vllm
+
     report.plugin["installed by"] = (
-        f"vLLM's registry, {plugin.REGISTRY}" if has_registry else "hooks"
+        f"vLLM's registry, {REGISTRY}" if plugin.has_registry() else "hooks"
     )
     is_registered = True
     try:
         plugin.register()
-    except hooks.HookError as error:
+    except HookError as error:
         is_registered = False
         report.problems.append(str(error))
-    for hook in hook_table.MENDS if has_registry else hook_table.HOOKS:
-        problems, state = hooks.check(hook), "checked"
-        if is_registered and not problems:
-            problems, state = _apply(hook)
+    digests = read_digests(vllm.__version__)
+    for entry in plugin.entries_here():
+        problems, state = check(entry, digests), "checked"
+        if is_registered and not problems and isinstance(entry, Hook):
+            problems, state = _apply(entry)
         if problems:
             state = "wrong"
         if is_registered:
             report.problems.extend(problems)
         report.hooks.append(
-            {"target": hook.target, "why": hook.why, "state": state, "problems": problems}
+            {"target": entry.name, "why": entry.why, "state": state, "problems": problems}
         )
 
 
-def _apply(hook: hooks.Hook) -> tuple[list[str], str]:
+def _apply(hook: Hook) -> tuple[list[str], str]:
     """Import the hook's module, as an engine would: what is wrong, and the hook's state."""
     try:
         importlib.import_module(hook.module)
-    except (hooks.HookError, ImportError) as error:
+    except (HookError, ImportError) as error:
         return [f"{hook.module} cannot be imported: {error}"], "wrong"
-    return [], hooks.hook_state(hook)
+    return [], hook_state(hook)
 
 
 def examine_devices(report: Report) -> None:
@@ -152,8 +154,7 @@ def examine_devices(report: Report) -> None:
     from vllm.config import VllmConfig
     from vllm.platforms import current_platform
 
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    report.devices["cpu"] = f"{_cpu_model()}, {num_cores} cores"
+    report.devices["cpu"] = describe_cpu()
     report.devices["cuda"] = [
         f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability "
         f"{properties.major}.{properties.minor}"
@@ -161,15 +162,6 @@ def examine_devices(report: Report) -> None:
     ]
     report.devices["vLLM's platform"] = current_platform.device_type or "none"
     report.devices["model runner"] = _describe_runner(VllmConfig())
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def examine_checkpoint(report: Report, model: str, given: dict[str, int]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerskip_vllm.checkpoint.entry import CONFIG_KEY, write_entry
 from layerskip_vllm.tools.exits.config import ExitsConfig
+from layerskip_vllm.tools.output import make_console, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,9 +70,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write, and return the exit status."""
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = make_console()
     report = _measure(args, console)
     _show(report, args.output_dir, console)
     return _write_config(report, Path(args.model), console) if args.write_config else 0
@@ -126,7 +124,7 @@ def _show(report: ExitReport, output_dir: Path, console: Console) -> None:
     from layerskip_vllm.tools.exits.picture import draw_exits
     from layerskip_vllm.tools.exits.tables import build_exit_table, build_speedup_table
 
-    report.write_json(output_dir / "exits.json")
+    write_json(output_dir / "exits.json", report.to_json())
     draw_exits(output_dir / "exits.png", report)
     console.print(build_speedup_table(report))
     console.print(build_exit_table(report))

@@ -10,17 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from layerskip_vllm.tools.chart_style import INK, LAYERSKIP, MUTED, PLAIN, TRACK, WRONG, style_axes
 from layerskip_vllm.tools.exits.report import ExitReport
 
-_INK = "#1f2933"
-_MUTED = "#7b8794"
-_PLAIN = "#b8c1cc"
-_LAYERSKIP = "#0f766e"
-_TRACK = "#eef1f4"
-_WRONG = "#b42318"
 _LEFT = 0.06
 # Slower than plain decoding is grey, as fast is white, faster is green.
-_SPEEDUP_COLORS = LinearSegmentedColormap.from_list("speedup", ["#9aa5b1", "#ffffff", _LAYERSKIP])
+_SPEEDUP_COLORS = LinearSegmentedColormap.from_list("speedup", ["#9aa5b1", "#ffffff", LAYERSKIP])
 
 
 def draw_exits(path: Path, report: ExitReport) -> None:
@@ -45,17 +40,17 @@ def make_figure(report: ExitReport) -> Figure:
     _draw_losses(loss, report)
     for axes in (agreement, loss):
         _mark_exit(axes, report)
-    loss.set_xlabel("exit after layer", color=_MUTED, fontsize=10)
+    loss.set_xlabel("exit after layer", color=MUTED, fontsize=10)
     loss.set_xlim(0.5, len(report.exits) + 0.5)
     loss.xaxis.set_major_locator(MaxNLocator(nbins=26, integer=True, min_n_ticks=1))
     _write_headline(figure, report)
-    figure.text(_LEFT, 0.03, report.describe_run(), color=_MUTED, fontsize=9.5)
+    figure.text(_LEFT, 0.03, report.describe_run(), color=MUTED, fontsize=9.5)
     return figure
 
 
 def _write_headline(figure: Figure, report: ExitReport) -> None:
     figure.text(
-        _LEFT, 0.945, report.describe(), fontsize=18, fontweight="bold", color=_INK, va="center"
+        _LEFT, 0.945, report.describe(), fontsize=18, fontweight="bold", color=INK, va="center"
     )
     best = report.best
     share = report.exits[best.exit_layer - 1].draft_share
@@ -65,7 +60,7 @@ def _write_headline(figure: Figure, report: ExitReport) -> None:
         f"{best.acceptance.rate:.0%} of the drafts accepted; a draft step reads {share:.0%} of the "
         f"bytes that a whole step reads, the head alone {report.head_share:.0%}",
         fontsize=12.5,
-        color=_LAYERSKIP if report.pays else _WRONG,
+        color=LAYERSKIP if report.pays else WRONG,
         va="center",
     )
 
@@ -92,15 +87,17 @@ def _draw_speedups(axes: Axes, report: ExitReport) -> None:
             1,
             1,
             fill=False,
-            edgecolor=_INK,
+            edgecolor=INK,
             linewidth=2.5,
             zorder=3,
             clip_on=False,
         )
     )
     axes.yaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
-    axes.set_ylabel("tokens in a draft", color=_MUTED, fontsize=10)
-    _style(axes, "Speed-up, at best", "times plain decoding, if reading weights were all its cost")
+    axes.set_ylabel("tokens in a draft", color=MUTED, fontsize=10)
+    style_axes(
+        axes, "Speed-up, at best", "times plain decoding, if reading weights were all its cost"
+    )
 
 
 def _write_speedups(axes: Axes, report: ExitReport) -> None:
@@ -117,7 +114,7 @@ def _write_speedups(axes: Axes, report: ExitReport) -> None:
                 va="center",
                 fontsize=size,
                 fontweight="bold" if draft == report.best else "normal",
-                color="white" if is_dark else _INK,
+                color="white" if is_dark else INK,
             )
 
 
@@ -126,36 +123,36 @@ def _draw_agreements(axes: Axes, report: ExitReport) -> None:
     agreements = [exit_.agreement for exit_ in report.exits]
     num = report.best.num_speculative_tokens
     rates = [exit_.drafts[num - 1].acceptance.rate for exit_ in report.exits[:-1]]
-    axes.plot(layers, agreements, color=_PLAIN, linewidth=2.5, marker="o", markersize=4)
-    axes.plot(layers[:-1], rates, color=_LAYERSKIP, linewidth=2.5, marker="o", markersize=4)
+    axes.plot(layers, agreements, color=PLAIN, linewidth=2.5, marker="o", markersize=4)
+    axes.plot(layers[:-1], rates, color=LAYERSKIP, linewidth=2.5, marker="o", markersize=4)
     exit_layer = report.best.exit_layer
     _write_value(axes, exit_layer, agreements[exit_layer - 1], "{:.0%}", above=True)
     _write_value(axes, exit_layer, rates[exit_layer - 1], "{:.0%}", above=False)
     axes.set_ylim(-0.05, 1.05)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    _style(
+    style_axes(
         axes,
         "Agreement with the last layer",
         f"green: greedy drafts of {num} accepted; grey: the same token on held-out text",
     )
-    axes.grid(axis="y", color=_TRACK)
+    axes.grid(axis="y", color=TRACK)
 
 
 def _draw_losses(axes: Axes, report: ExitReport) -> None:
     losses = [exit_.loss for exit_ in report.exits]
-    axes.axhline(losses[-1], color=_PLAIN, linewidth=1.5, linestyle=(0, (4, 3)))
+    axes.axhline(losses[-1], color=PLAIN, linewidth=1.5, linestyle=(0, (4, 3)))
     axes.plot(
         [exit_.exit_layer for exit_ in report.exits],
         losses,
-        color=_LAYERSKIP,
+        color=LAYERSKIP,
         linewidth=2.5,
         marker="o",
         markersize=4,
     )
     exit_layer = report.best.exit_layer
     _write_value(axes, exit_layer, losses[exit_layer - 1], "{:.3f}", above=True)
-    _style(axes, "Held-out loss", f"nats per token; the whole model's is {losses[-1]:.3f}")
-    axes.grid(axis="y", color=_TRACK)
+    style_axes(axes, "Held-out loss", f"nats per token; the whole model's is {losses[-1]:.3f}")
+    axes.grid(axis="y", color=TRACK)
 
 
 def _write_value(axes: Axes, exit_layer: int, value: float, form: str, above: bool) -> None:
@@ -168,22 +165,10 @@ def _write_value(axes: Axes, exit_layer: int, value: float, form: str, above: bo
         va="bottom" if above else "top",
         fontsize=10,
         fontweight="bold",
-        color=_INK,
+        color=INK,
     )
 
 
 def _mark_exit(axes: Axes, report: ExitReport) -> None:
     exit_layer = report.best.exit_layer
-    axes.axvspan(exit_layer - 0.5, exit_layer + 0.5, color=_TRACK, zorder=0)
-
-
-def _style(axes: Axes, title: str, hint: str) -> None:
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_INK, pad=22)
-    axes.annotate(
-        hint, (0, 1), (0, 7), "axes fraction", textcoords="offset points", fontsize=10, color=_MUTED
-    )
-    axes.tick_params(length=0, labelsize=10, labelcolor=_INK, labelbottom=True)
-    axes.set_axisbelow(True)
-    for side in ("top", "left", "right"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_PLAIN)
+    axes.axvspan(exit_layer - 0.5, exit_layer + 0.5, color=TRACK, zorder=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -146,7 +145,3 @@ class ExitReport:
             },
             "exits": exits,
         }
-
-    def write_json(self, path: Path) -> None:
-        """Writes `to_json` to `path`."""
-        path.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ import aiohttp
 
 from layerskip_vllm.tools.server.event_stream import StreamError, is_done_line, parse_sse_line
 from layerskip_vllm.tools.soak.traffic import Request
+from layerskip_vllm.tools.tokens import first_difference
 
 _MAX_LINE_BYTES = 2**24
 
@@ -196,10 +197,7 @@ def _compare(request: Request, received: _Received, end: End) -> int:
     if end is End.CANCELLED:
         expected = expected[: len(token_ids)]
     if token_ids != expected:
-        at = next(
-            (i for i, (a, b) in enumerate(zip(token_ids, expected, strict=False)) if a != b),
-            min(len(token_ids), len(expected)),
-        )
+        at = first_difference(token_ids, expected)
         raise Fault(
             f"token {at} differs from plain vLLM's: {token_ids[at : at + 4]}, expected "
             f"{expected[at : at + 4]} ({len(token_ids)} tokens, expected {len(expected)})"

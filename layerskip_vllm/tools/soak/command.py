@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from layerskip_vllm.tools.output import make_console, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,9 +68,8 @@ def run(args: argparse.Namespace) -> int:
     """Soak or record, and return the exit status."""
     import aiohttp
     import psutil  # noqa: F401  # before an hour of traffic, not after
-    from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = make_console()
     try:
         return asyncio.run(_soak(args, console))
     except aiohttp.ClientError as error:
@@ -83,7 +83,7 @@ async def _soak(args: argparse.Namespace, console: Console) -> int:
         build_table,
         describe_checks,
         describe_fault,
-        write_json,
+        to_json,
     )
 
     config = _read_config(args)
@@ -108,7 +108,7 @@ async def _soak(args: argparse.Namespace, console: Console) -> int:
     for line in describe_checks(soak):
         console.print(line, soft_wrap=True)
     if args.output is not None:
-        write_json(args.output, soak)
+        write_json(args.output, to_json(soak))
         console.print(f"Written: {args.output}", soft_wrap=True)
     return 0 if soak.is_passed else 1
 

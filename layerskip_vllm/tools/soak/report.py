@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -42,9 +40,9 @@ def describe_fault(fault: Outcome) -> str:
     return f"{fault.request.kind} ({fault.request.detail}), {fault.seconds:.1f} s: {fault.reason}"
 
 
-def write_json(path: Path, soak: Soak) -> None:
-    """Writes everything that a soak found, each fault with its request."""
-    content = {
+def to_json(soak: Soak) -> dict[str, Any]:
+    """Return everything that a soak found as a JSON object, each fault with its request."""
+    return {
         "url": soak.service.url,
         "model": soak.service.model,
         "max_model_len": soak.service.max_model_len,
@@ -69,7 +67,6 @@ def write_json(path: Path, soak: Soak) -> None:
             for look in soak.looks
         ],
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _cells(row: Row) -> list[str]:

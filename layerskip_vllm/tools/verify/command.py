@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from layerskip_vllm.tools.output import make_console, write_json
 from layerskip_vllm.tools.verify.config import VerifyConfig
 
 _COUNTS = {
@@ -66,12 +66,10 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the engines, compare, print, write, and return the exit status."""
-    from rich.console import Console
-
     from layerskip_vllm.tools.prompts import choose_prompts
     from layerskip_vllm.tools.verify import runs
     from layerskip_vllm.tools.verify.comparison import conclude
-    from layerskip_vllm.tools.verify.report import build_table, describe_run, write_json
+    from layerskip_vllm.tools.verify.report import build_table, describe_run, to_json
 
     config = VerifyConfig(
         model=args.model,
@@ -83,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     documents = _read_data(args.data) if args.data else None
     prompts = choose_prompts(documents, config.num_prompts, config.num_prompt_tokens)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = make_console()
     with console.status("starting") as status:
 
         def track(name: str) -> None:
@@ -93,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         results = runs.run_all(config, prompts, args.output_dir, track)
     verdict = conclude(results)
     drafted = results[runs.DRAFTED]
-    write_json(args.output_dir / "verify.json", config, drafted, verdict)
+    write_json(args.output_dir / "verify.json", to_json(config, drafted, verdict))
     console.print(build_table(verdict, describe_run(config, drafted)))
     for problem in verdict.problems:
         console.print(f"[bold red]{problem}.[/]", soft_wrap=True)

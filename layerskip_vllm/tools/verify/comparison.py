@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from layerskip_vllm.tools.tokens import first_difference
 from layerskip_vllm.tools.verify.results import Completion, Result
 from layerskip_vllm.tools.verify.runs import DRAFTED, FLOOR, PLAIN, UNVERIFIED
-from layerskip_vllm.tools.verify.statistics import compare
+from layerskip_vllm.tools.verify.statistics import compare_samples
 
 # The probability that one comparison calls two samples of one distribution different. A report
 # makes two that must not: the floor's and the drafts'.
@@ -106,7 +107,7 @@ def compare_results(plain: Result, other: Result, plain_samples: Sequence[Result
     """
     divergences, noise = [], 0.0
     for prompt, (expected, found) in enumerate(zip(plain.greedy, other.greedy, strict=True)):
-        end = _first_difference(expected, found)
+        end = first_difference(expected.token_ids, found.token_ids)
         for index in range(end):
             token_id = expected.token_ids[index]
             here, there = expected.logprobs[index], found.logprobs[index]
@@ -133,11 +134,6 @@ def find_tolerance(dtype: str, floor: Comparison) -> float:
     return max(_MIN_TOLERANCE, rounding, 2 * floor.noise, *gaps)
 
 
-def _first_difference(expected: Completion, found: Completion) -> int:
-    pairs = zip(expected.token_ids, found.token_ids, strict=True)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(expected.token_ids))
-
-
 def _find_gap(expected: Completion, found: Completion, index: int) -> float:
     logprobs = expected.logprobs[index]
     least = min(logprobs.values())
@@ -153,7 +149,7 @@ def _compare_samples(
     for prompt, sample in enumerate(other.samples):
         expected = [tokens for plain in plain_samples for tokens in plain.samples[prompt]]
         try:
-            comparisons.append(compare(sample, expected))
+            comparisons.append(compare_samples(sample, expected))
         except ValueError:  # all alike: nothing to tell apart
             continue
     if not comparisons:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -69,16 +68,18 @@ def _describe(comparison: Comparison, tolerance: float) -> tuple[str, ...]:
     )
 
 
-def write_json(path: Path, config: VerifyConfig, drafted: Result, verdict: Verdict) -> None:
-    """Write all that was found.
+def to_json(config: VerifyConfig, drafted: Result, verdict: Verdict) -> dict[str, Any]:
+    """Return all that was found as a JSON object.
 
     Args:
-        path: The file.
         config: What was asked for.
         drafted: What the run with drafts gave.
         verdict: What the comparisons say.
+
+    Returns:
+        The object.
     """
-    found = {
+    return {
         "is_lossless": not verdict.problems,
         "problems": verdict.problems,
         "tolerance_nats": verdict.tolerance,
@@ -92,4 +93,3 @@ def write_json(path: Path, config: VerifyConfig, drafted: Result, verdict: Verdi
             "speculation": drafted.speculation,
         },
     }
-    path.write_text(json.dumps(found, indent=2) + "\n")

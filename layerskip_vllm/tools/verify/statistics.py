@@ -30,7 +30,9 @@ class SampleComparison:
     distance: float
 
 
-def compare(left: Sequence[Tokens], right: Sequence[Tokens], window: int = 2) -> SampleComparison:
+def compare_samples(
+    left: Sequence[Tokens], right: Sequence[Tokens], window: int = 2
+) -> SampleComparison:
     """Compare two samples of sequences by their runs of `window` tokens at each position.
 
     Args:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from layerskip_vllm.tools import stdlib_corpus
+from layerskip_vllm.tools.prompts import held_out_prompts
 
 SOURCE = '''"""A module."""
 
@@ -107,7 +108,7 @@ def test_sha256_changes_when_a_path_or_text_or_boundary_does():
 def test_prompts_end_before_a_functions_body_when_cut(tmp_path):
     write_library(tmp_path)
 
-    prompts = stdlib_corpus.held_out_prompts(2, max_prompt_chars=60, root=tmp_path)
+    prompts = held_out_prompts(2, max_prompt_chars=60, root=tmp_path)
 
     assert prompts[0].endswith('    """Doubles.\n\n    Twice."""')
     assert prompts[1].endswith("    def plain(self):")
@@ -118,17 +119,17 @@ def test_prompts_are_cut_at_two_places_a_file_when_only_two_bodies_follow(tmp_pa
     num_held_out = len(stdlib_corpus.held_out_files(tmp_path))
     assert num_held_out > 0
 
-    prompts = stdlib_corpus.held_out_prompts(2 * num_held_out, max_prompt_chars=60, root=tmp_path)
+    prompts = held_out_prompts(2 * num_held_out, max_prompt_chars=60, root=tmp_path)
 
     assert len(prompts) == 2 * num_held_out
     with pytest.raises(ValueError, match=f"at most {2 * num_held_out}"):
-        stdlib_corpus.held_out_prompts(2 * num_held_out + 1, max_prompt_chars=60, root=tmp_path)
+        held_out_prompts(2 * num_held_out + 1, max_prompt_chars=60, root=tmp_path)
 
 
 def test_prompts_are_whole_held_out_lines_within_the_limit_when_on_this_library():
     texts = [file.text for file in stdlib_corpus.held_out_files()]
 
-    prompts = stdlib_corpus.held_out_prompts(50, max_prompt_chars=500)
+    prompts = held_out_prompts(50, max_prompt_chars=500)
 
     assert len(set(prompts)) == 50
     for prompt in prompts:
@@ -141,7 +142,7 @@ def test_prompts_are_whole_held_out_lines_within_the_limit_when_on_this_library(
 def test_prompts_are_spread_over_files_when_few_are_asked_for():
     texts = [file.text for file in stdlib_corpus.held_out_files()]
 
-    prompts = stdlib_corpus.held_out_prompts(8)
+    prompts = held_out_prompts(8)
 
     homes = [next(i for i, text in enumerate(texts) if prompt in text) for prompt in prompts]
     assert len(set(homes)) >= 6
@@ -149,7 +150,7 @@ def test_prompts_are_spread_over_files_when_few_are_asked_for():
 
 def test_prompts_raise_when_none_are_asked_for():
     with pytest.raises(ValueError, match=r"num_prompts must be .*0"):
-        stdlib_corpus.held_out_prompts(0)
+        held_out_prompts(0)
 
 
 def test_corpus_files_parse_when_on_this_library():

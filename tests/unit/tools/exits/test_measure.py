@@ -16,6 +16,7 @@ from layerskip_vllm.tools.exits.measure import (
     read_draft_shares,
 )
 from layerskip_vllm.tools.exits.report import Draft, Exit, ExitReport
+from layerskip_vllm.tools.output import write_json
 from layerskip_vllm.tools.text import HeldOutText
 from layerskip_vllm.training.exit_evaluation import Acceptance, complete_greedily, exit_matches
 
@@ -212,7 +213,7 @@ def test_json_is_standard_when_a_perplexity_is_beyond_all_numbers(tmp_path):
     def refuse(name):
         raise AssertionError(name)
 
-    make_report([1.2], loss=1000.0).write_json(tmp_path / "exits.json")
+    write_json(tmp_path / "exits.json", make_report([1.2], loss=1000.0).to_json())
     written = json.loads((tmp_path / "exits.json").read_text(), parse_constant=refuse)
     first, last = written["exits"]
     assert first["perplexity"] is None

@@ -7,7 +7,7 @@ import pytest
 from layerskip_vllm.tools.prompts import choose_prompts, cut_prompts
 from layerskip_vllm.tools.verify.comparison import compare_results, find_tolerance
 from layerskip_vllm.tools.verify.results import Completion, Result
-from layerskip_vllm.tools.verify.statistics import compare
+from layerskip_vllm.tools.verify.statistics import compare_samples
 
 SAMPLES = (((1, 2),) * 200, ((1, 2), (2, 1)) * 100)
 
@@ -68,7 +68,7 @@ def test_samples_are_not_compared_when_all_are_alike():
 def test_p_value_is_corrected_when_there_are_several_prompts():
     left, right = ((1, 2), (2, 1)) * 100, ((1, 2), (1, 2), (2, 1)) * 100
     plain = make_result(samples=(right, right))
-    p_value = compare(left, right).p_value
+    p_value = compare_samples(left, right).p_value
     comparison = compare_results(plain, make_result(samples=(left, right)), [plain])
     assert comparison.p_value == pytest.approx(2 * p_value)
     assert p_value < 0.01
