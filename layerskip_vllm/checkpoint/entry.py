@@ -66,7 +66,7 @@ def default_settings(model: str, hf_config: Any, num_layers: int) -> DraftSettin
     Args:
         model: The model's name or path; its last part is looked up in the table.
         hf_config: The checkpoint's configuration, as read by transformers.
-        num_layers: L, the number of decoder layers.
+        num_layers: L, the number of the model's layers.
 
     Returns:
         E and K, each with where it comes from.

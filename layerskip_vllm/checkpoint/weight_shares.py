@@ -85,7 +85,7 @@ def read_shares(folder: Path | None, num_layers: int, exit_layer: int) -> Weight
 
     Args:
         folder: The checkpoint.
-        num_layers: L, the number of decoder layers; layers beyond (draft heads) do not count.
+        num_layers: L, the number of the model's layers; layers beyond (draft heads) do not count.
         exit_layer: E, the number of layers that draft.
 
     Returns:

@@ -1,6 +1,7 @@
 """Every setting, model, engine and combination of them that cannot work, known at config time.
 
-Called where a `LayerSkipConfig` is made: in the API server, or by `LLM`.
+Called where a `LayerSkipConfig` is made: in the API server, or by `LLM`. Each check raises a
+`ValueError` that names the setting, its value and what would be right.
 """
 
 from __future__ import annotations
@@ -42,15 +43,7 @@ KNOWN_KEYS = SHARED_SETTINGS | {"method", "model", *FLAG_OF_SETTING}
 
 
 def check_settings(settings: Mapping[str, Any], has_lora: bool) -> None:
-    """Refuse settings that layerskip does not have, or that exclude one another.
-
-    Args:
-        settings: The user's, by name.
-        has_lora: Whether the engine serves LoRA adapters.
-
-    Raises:
-        ValueError: With the setting's name, its value and what it must be.
-    """
+    """Refuse settings that layerskip does not have, or that exclude one another."""
     for key, value in settings.items():
         if key in KNOWN_KEYS:
             continue
@@ -83,14 +76,7 @@ def check_settings(settings: Mapping[str, Any], has_lora: bool) -> None:
 
 
 def check_model(model_config: ModelConfig) -> None:
-    """Refuse a model whose first layers cannot be run alone over the shared KV cache.
-
-    Args:
-        model_config: The target model's configuration.
-
-    Raises:
-        ValueError: With the model's name and the reason.
-    """
+    """Refuse a model whose first layers cannot be run alone over the shared KV cache."""
     name = f"model is {model_config.model!r} ({', '.join(model_config.architectures)})"
     hf_config, text_config = model_config.hf_config, model_config.hf_text_config
     num_shared = getattr(text_config, "num_kv_shared_layers", 0) or 0
@@ -132,15 +118,7 @@ def check_model(model_config: ModelConfig) -> None:
 
 
 def check_engine(args: EngineArgs, parallel_config: ParallelConfig) -> None:
-    """Refuse engine settings that the draft steps do not support.
-
-    Args:
-        args: The engine's arguments.
-        parallel_config: The parallelism that vLLM has made of them.
-
-    Raises:
-        ValueError: With the setting's name, its value and what it must be.
-    """
+    """Refuse engine settings that the draft steps do not support."""
     for name, value, right in (
         ("pipeline_parallel_size", parallel_config.pipeline_parallel_size, 1),
         ("decode_context_parallel_size", parallel_config.decode_context_parallel_size, 1),
@@ -184,17 +162,7 @@ def check_exit_adapter(
     exit_layer: int | None,
     model_config: ModelConfig,
 ) -> None:
-    """Refuse an exit adapter of another model, or of another exit than the user's.
-
-    Args:
-        folder: Where it is.
-        adapter: What it is.
-        exit_layer: E if the user gives it.
-        model_config: The target model's configuration.
-
-    Raises:
-        ValueError: With what it was trained for and what it must be.
-    """
+    """Refuse an exit adapter of another model, or of another exit than the user's."""
     for name, value in (
         ("hidden_size", model_config.get_hidden_size()),
         ("num_hidden_layers", model_config.get_total_num_hidden_layers()),
@@ -213,15 +181,7 @@ def check_exit_adapter(
 
 
 def check_draft(draft: DraftSettings, model_config: ModelConfig) -> None:
-    """Refuse an E or a K that the model, its context or vLLM is too small for.
-
-    Args:
-        draft: Both, each with where it comes from.
-        model_config: The target model's configuration.
-
-    Raises:
-        ValueError: With the value, where it comes from, and its range.
-    """
+    """Refuse an E or a K that the model, its context or vLLM is too small for."""
     exit_layer, num_speculative_tokens = draft.exit_layer, draft.num_speculative_tokens
     num_layers = model_config.get_total_num_hidden_layers()
     if exit_layer.value > num_layers:
@@ -241,15 +201,7 @@ def check_draft(draft: DraftSettings, model_config: ModelConfig) -> None:
 
 
 def check_schedule(settings: Mapping[str, Any], num_speculative_tokens: int) -> None:
-    """Refuse a K by batch size with which vLLM itself would fail in the engine core.
-
-    Args:
-        settings: The user's, by name.
-        num_speculative_tokens: K, the most that the schedule may ask for.
-
-    Raises:
-        ValueError: With the schedule and what it must be.
-    """
+    """Refuse a K by batch size with which vLLM itself would fail in the engine core."""
     name = "num_speculative_tokens_per_batch_size"
     if name not in settings:
         return

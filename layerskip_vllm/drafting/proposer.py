@@ -192,22 +192,11 @@ class LayerSkipProposer(DraftModelProposer):
     ) -> torch.Tensor:
         """Draft K tokens for each request of the batch that the target has just run.
 
-        Args:
-            num_speculative_tokens: K for this batch.
-            target_token_ids: Not used, like the other `target_` tensors: the target's keys and
-                values hold all that drafting needs.
-            target_positions: Not used.
-            target_hidden_states: Not used.
-            next_token_ids: `[num_reqs] int32`, the last token of each request, not yet run.
-            token_indices_to_sample: Not used.
-            common_attn_metadata: The target step's.
-            sampling_metadata: The batch's sampling parameters.
-            mm_embed_inputs: Not used.
-            num_rejected_tokens_gpu: `[num_reqs] int32`, drafts of the last step that were refused.
-            slot_mappings: Not used.
-
-        Returns:
-            `[num_reqs, num_speculative_tokens] int64`.
+        Gives `[num_reqs, num_speculative_tokens] int64`. A draft starts from the request's token of
+        `next_token_ids`, `[num_reqs] int32`, which is not run yet, and which comes after the drafts
+        that `num_rejected_tokens_gpu`, `[num_reqs] int32`, leaves standing. The `target_` tensors
+        and what is not read here are of no use: the target's keys and values hold all that drafting
+        needs.
         """
         self._last_draft_probs = None
         num_reqs = common_attn_metadata.batch_size()
