@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -74,6 +74,7 @@ class Shape:
 # glibc's allocator then gives large blocks back when they are freed, which takes time.
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 NUM_MEMORY_STEPS = 2
+MAX_NUM_STEPS = 10_000
 
 CPU_SHAPE = Shape(16, 256, 8000, batch_size=4, seq_len=128, dtype="float32")
 GPU_SHAPE = Shape(16, 2048, 128256, batch_size=4, seq_len=2048, dtype="bfloat16")
@@ -99,7 +100,7 @@ class Cost:
 
 
 def serve_steps(pipe: Connection, settings: dict[str, Any] | None, shape: Shape) -> None:
-    """Trains a step whenever told to, and sends its time in seconds and the peak memory so far."""
+    """Train a step whenever told to, and send its time in seconds and the peak memory so far."""
     from layerskip_vllm.training.layer_skip import LayerSkip
     from layerskip_vllm.training.settings import LayerSkipSettings
 
@@ -107,22 +108,29 @@ def serve_steps(pipe: Connection, settings: dict[str, Any] | None, shape: Shape)
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = _make_model(shape).to(device)
+    if settings is None:
+        _serve_steps(pipe, model, shape, device, lambda step: None)
+        return
+    with LayerSkip(model, LayerSkipSettings(**settings)) as layer_skip:
+        _serve_steps(
+            pipe, model, shape, device, lambda step: layer_skip.set_step(step, MAX_NUM_STEPS)
+        )
+
+
+def _serve_steps(
+    pipe: Connection, model: Any, shape: Shape, device: str, set_step: Callable[[int], None]
+) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    layer_skip = None
-    if settings is not None:
-        layer_skip = LayerSkip(model, LayerSkipSettings(**settings)).attach()
-        layer_skip.start(num_steps=10_000)
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
     optimizer.step()  # makes its state
     held_bytes = _reset_peak(device)
-    for step in range(10_000):
+    for step in range(MAX_NUM_STEPS):
         if pipe.recv() is None:
             return
         token_ids = torch.randint(shape.vocab_size, (shape.batch_size, shape.seq_len)).to(device)
         start = time.perf_counter()
-        if layer_skip is not None:
-            layer_skip.set_step(step)
+        set_step(step)
         model(input_ids=token_ids, labels=token_ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
@@ -131,7 +139,7 @@ def serve_steps(pipe: Connection, settings: dict[str, Any] | None, shape: Shape)
         pipe.send((time.perf_counter() - start, _peak_bytes(device) - held_bytes))
 
 
-def _make_model(shape: Shape) -> torch.nn.Module:
+def _make_model(shape: Shape) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -143,11 +151,12 @@ def _make_model(shape: Shape) -> torch.nn.Module:
         num_key_value_heads=shape.hidden_size // 128,
         max_position_embeddings=shape.seq_len,
     )
-    return LlamaForCausalLM(config).to(getattr(torch, shape.dtype)).train()
+    make: Any = LlamaForCausalLM
+    return make(config).to(getattr(torch, shape.dtype)).train()
 
 
 def _reset_peak(device: str) -> int:
-    """Starts the peak anew, and returns what is held now."""
+    """Start the peak anew, and return what is held now."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -167,7 +176,7 @@ def _peak_bytes(device: str) -> int:
 
 @contextlib.contextmanager
 def start_variants(shape: Shape) -> Iterator[dict[str, Connection]]:
-    """Starts a process for each variant, and ends them all whatever happens.
+    """Start a process for each variant, and end them all whatever happens.
 
     Args:
         shape: The model and the batch.
@@ -192,7 +201,7 @@ def start_variants(shape: Shape) -> Iterator[dict[str, Connection]]:
 
 
 def measure(shape: Shape, num_steps: int) -> list[Cost]:
-    """Has all variants train in turn, for their time and then for their memory.
+    """Train all variants in turn, for their time and then for their memory.
 
     Args:
         shape: The model and the batch.
@@ -212,7 +221,7 @@ def measure(shape: Shape, num_steps: int) -> list[Cost]:
 
 
 def run_in_turn(shape: Shape, num_steps: int) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Runs `num_steps` steps of each variant, after one more: their seconds, and peaks in bytes."""
+    """Run `num_steps` steps of each variant, after one more: their seconds, and peaks in bytes."""
     seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     peaks: dict[str, int] = {}
     with start_variants(shape) as pipes:
@@ -226,7 +235,7 @@ def run_in_turn(shape: Shape, num_steps: int) -> tuple[dict[str, list[float]], d
 
 
 def make_table(costs: list[Cost]) -> Table:
-    """Returns the table that is printed; the first variant is what the others compare with."""
+    """Return the table that is printed; the first variant is what the others compare with."""
     table = Table("recipe", title="Cost of a training step")
     for heading in ("time", "by plain", "peak memory", "by plain"):
         table.add_column(heading, justify="right")
@@ -243,7 +252,7 @@ def make_table(costs: list[Cost]) -> Table:
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--num-steps", type=int, default=8, help="timed steps of each variant")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")

@@ -69,7 +69,7 @@ class Result:
 
 
 def train(variant: str, folder: Path, num_steps: int) -> None:
-    """Trains a variant, in the proportions of the embedded checkpoint's run."""
+    """Train a variant, in the proportions of the embedded checkpoint's run."""
     share = num_steps / 2000
     lengths = {
         "--num-steps": num_steps,
@@ -88,7 +88,7 @@ def train(variant: str, folder: Path, num_steps: int) -> None:
 
 
 def train_adapter(model: Path, folder: Path, num_steps: int) -> None:
-    """Trains an adapter of rank 64 for E = L / 4 of a frozen model, on the same text."""
+    """Train an adapter of rank 64 for E = L / 4 of a frozen model, on the same text."""
     corpus = folder.with_suffix(".jsonl")
     with corpus.open("w", encoding="utf-8") as lines:
         for file in stdlib_corpus.train_files():
@@ -116,7 +116,7 @@ def train_adapter(model: Path, folder: Path, num_steps: int) -> None:
 
 @torch.inference_mode()
 def measure_exits(model_folder: Path) -> tuple[float, dict[int, float]]:
-    """Returns the last layer's held-out loss, and by E the exits' agreement with it."""
+    """Return the last layer's held-out loss, and by E the exits' agreement with it."""
     model, sequences = _load(model_folder)
     held_out = measure_held_out(model, sequences)
     return held_out.losses[-1], {e: held_out.agreements[e - 1] for e in EXIT_LAYERS}
@@ -124,13 +124,13 @@ def measure_exits(model_folder: Path) -> tuple[float, dict[int, float]]:
 
 @torch.inference_mode()
 def measure_adapter(model_folder: Path, adapter_folder: Path) -> float:
-    """Returns the adapted exit's agreement with the last layer on held-out text."""
+    """Return the adapted exit's agreement with the last layer on held-out text."""
     model, sequences = _load(model_folder)
     head, adapter = ExitHead(model), load_exit_adapter(adapter_folder)
     parts = find_decoder_parts(model)
     adapted = dataclasses.replace(parts, norm=torch.nn.Sequential(parts.norm, adapter))
     num_agreed = 0
-    for rows in sequences.split(8):
+    for rows in torch.split(sequences, 8):
         outputs = head.run_layers(rows[:, :-1])
         chosen = adapted.compute_logits(outputs[adapter.config.exit_layer - 1]).argmax(-1)
         last = parts.compute_logits(outputs[len(parts.layers) - 1]).argmax(-1)
@@ -139,14 +139,15 @@ def measure_adapter(model_folder: Path, adapter_folder: Path) -> float:
 
 
 def _load(folder: Path) -> tuple[Any, torch.Tensor]:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     token_ids = encode_files(tokenizer, stdlib_corpus.held_out_files())
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    model.eval()
     return model, token_ids.unfold(0, SEQ_LEN + 1, SEQ_LEN)[:NUM_SEQUENCES]
 
 
 def count_accepted(model: Path, log_folder: Path, **speculative_config: Any) -> float:
-    """Returns accepted by drafted tokens over held-out prompts, with a vLLM engine in float32."""
+    """Return accepted by drafted tokens over held-out prompts, with a vLLM engine in float32."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = held_out_prompts(NUM_PROMPTS)
     arguments = {
@@ -165,7 +166,7 @@ def count_accepted(model: Path, log_folder: Path, **speculative_config: Any) -> 
 
 
 def compare(folder: Path, num_steps: int) -> list[Result]:
-    """Trains what is not there and measures all."""
+    """Train what is not there and measure all."""
     results = []
     for variant in VARIANTS:
         model = folder / variant.partition(",")[0].replace(" ", "-")
@@ -184,7 +185,7 @@ def compare(folder: Path, num_steps: int) -> list[Result]:
 
 
 def make_table(results: Sequence[Result]) -> Table:
-    """Returns the table that is printed."""
+    """Return the table that is printed."""
     table = Table("recipe", title="What each part of the recipe does")
     for heading in (
         "last layer's loss",
@@ -201,7 +202,7 @@ def make_table(results: Sequence[Result]) -> Table:
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--num-steps", type=int, default=800, help="optimizer steps of each")
     parser.add_argument("--folder", type=Path, default=Path("benchmark-output/recipes"))

@@ -101,7 +101,7 @@ last lines, then `# --- completion ---`, which is part of neither, then what the
 
 
 def exit_table(report: dict[str, Any], plain: dict[str, Any]) -> str:
-    """Returns a Markdown table of each exit's loss and acceptance, beside the plain run's."""
+    """Return a Markdown table of each exit's loss and acceptance, beside the plain run's."""
     rows = [
         "| E | held-out loss | accepted | by position | accepted in the plain run |",
         "|---|---|---|---|---|",
@@ -119,8 +119,9 @@ def exit_table(report: dict[str, Any], plain: dict[str, Any]) -> str:
 def completion_blocks(
     checkpoint: Path, prompt_indices: Sequence[int], num_prompts: int, num_new_tokens: int = 96
 ) -> str:
-    """Returns Markdown code blocks of held-out prompts' ends and their greedy completions."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    """Return Markdown code blocks of held-out prompts' ends and their greedy completions."""
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     prompts = held_out_prompts(num_prompts)
     blocks = []
@@ -130,13 +131,13 @@ def completion_blocks(
             model, tokenizer.encode(prompt), num_new_tokens, tokenizer.eos_token_id
         )
         shown_prompt = "\n".join(prompt.splitlines()[-8:])
-        text = tokenizer.decode(completion).rstrip()
+        text = str(tokenizer.decode(completion)).rstrip()
         blocks.append(f"```python\n{shown_prompt}\n# --- completion ---\n{text}\n```")
     return "\n\n".join(blocks)
 
 
 def write_model_card(checkpoint: Path, plain: Path, prompt_indices: Sequence[int]) -> None:
-    """Writes the checkpoint's `README.md`, and the plain run's report into its `training.json`."""
+    """Write the checkpoint's `README.md`, and the plain run's report into its `training.json`."""
     report = json.loads((checkpoint / "training.json").read_text())
     plain_report = json.loads((plain / "training.json").read_text())
     plain_report.pop("plain_run", None)
@@ -162,7 +163,7 @@ def write_model_card(checkpoint: Path, plain: Path, prompt_indices: Sequence[int
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="what `pretrain` wrote")
     parser.add_argument("--plain", type=Path, required=True, help="what `--no-recipe` wrote")

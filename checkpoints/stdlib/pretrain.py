@@ -28,28 +28,20 @@ from checkpoints.stdlib.small_model import (
 )
 from layerskip_vllm.tools import stdlib_corpus
 from layerskip_vllm.tools.prompts import held_out_prompts
-from layerskip_vllm.training.decoder import (
-    DecoderParts,
-    capture_layer_outputs,
-    find_decoder_parts,
-)
-from layerskip_vllm.training.early_exit_loss import (
-    EarlyExitLoss,
-    RotationalCurriculum,
-    exit_scales,
-)
+from layerskip_vllm.training.decoder import DecoderParts
+from layerskip_vllm.training.early_exit_loss import EarlyExitLoss
 from layerskip_vllm.training.exit_evaluation import (
     exit_matches,
-    held_out_exit_losses,
+    measure_held_out,
     simulate_acceptance,
 )
-from layerskip_vllm.training.layer_dropout import LayerDropout, LayerDropoutConfig
+from layerskip_vllm.training.layer_skip import LayerSkip
 
 
 def iter_batches(
     token_ids: torch.Tensor, seq_len: int, tokens_per_step: int, seed: int
 ) -> Iterator[torch.Tensor]:
-    """Yields batches `[tokens_per_step / seq_len, seq_len + 1] int64` without end.
+    """Yield batches `[tokens_per_step / seq_len, seq_len + 1] int64` without end.
 
     Each epoch is shuffled anew.
     """
@@ -59,13 +51,13 @@ def iter_batches(
         offset = int(torch.randint(seq_len, (), generator=generator))
         sequences = token_ids[offset:].unfold(0, seq_len + 1, seq_len)
         order = torch.randperm(len(sequences), generator=generator)
-        for rows in order.split(batch_size):
+        for rows in torch.split(order, batch_size):
             if len(rows) == batch_size:
                 yield sequences[rows]
 
 
 def learning_rate_factor(step: int, config: PretrainConfig) -> float:
-    """Returns the share of the peak learning rate at `step`: up, level, and down to 0.
+    """Return the share of the peak learning rate at `step`: up, level, and down to 0.
 
     It rises once more when the other layers join.
     """
@@ -76,13 +68,14 @@ def learning_rate_factor(step: int, config: PretrainConfig) -> float:
 
 
 def make_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
-    """Returns AdamW with weight decay on matrices alone."""
+    """Return AdamW with weight decay on matrices alone."""
     weights = list(model.parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [weight for weight in weights if weight.dim() >= 2]},
+        {"params": [weight for weight in weights if weight.dim() < 2], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(
-        [
-            {"params": [weight for weight in weights if weight.dim() >= 2]},
-            {"params": [weight for weight in weights if weight.dim() < 2], "weight_decay": 0.0},
-        ],
+        groups,
         lr=config.learning_rate,
         betas=(0.9, 0.95),
         weight_decay=config.weight_decay,
@@ -90,81 +83,52 @@ def make_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Opti
     )
 
 
-def make_early_exit_loss(
-    parts: DecoderParts, num_layers: int, config: PretrainConfig
-) -> EarlyExitLoss:
-    """Returns the loss for a model of which the first `num_layers` layers run.
-
-    Without the recipe it is the last layer's loss alone, through the same code.
-    """
-    exits = [
-        exit_layer
-        for exit_layer in range(config.min_exit_layer, num_layers)
-        if exit_layer <= config.exit_layer or exit_layer % config.exit_interval == 0
-    ]
-    return EarlyExitLoss(
-        parts,
-        exit_scales(num_layers, config.e_scale if config.recipe else 0.0, "flat"),
-        RotationalCurriculum(num_layers, config.rotation),
-        exit_layers=[exit_layer - 1 for exit_layer in exits],
-    )
-
-
 def make_distill_loss(parts: DecoderParts, config: PretrainConfig) -> EarlyExitLoss:
-    """Returns the loss of the last steps: of E = `exit_layer` and of the last layer."""
+    """Return the loss of the last steps: of E = `exit_layer` and of the last layer."""
     return EarlyExitLoss(
         parts,
         [config.distill_scale] * (config.num_layers - 1) + [1.0],
-        RotationalCurriculum(config.num_layers, 1),
         exit_layers=[config.exit_layer - 1],
         target="last_layer",
     )
 
 
 def train(model: LlamaForCausalLM, token_ids: torch.Tensor, config: PretrainConfig) -> None:
-    """Trains the model in place."""
-    parts = find_decoder_parts(model)
-    dropout_config = LayerDropoutConfig(
-        max_prob=config.max_drop_prob if config.recipe else 0.0,
-        time_schedule="exponential",
-        seed=config.seed,
-    )
-    dropout = LayerDropout(parts.layers, dropout_config, config.num_steps).attach()
-    early_exit_loss = make_early_exit_loss(parts, config.num_first_layers, config)
-    model.config.num_hidden_layers = config.num_first_layers
+    """Train the model in place."""
+    settings = config.make_settings()
     optimizer = make_optimizer(model, config)
     batches = iter_batches(token_ids, config.seq_len, config.tokens_per_step, config.seed)
     model.train()
     progress = tqdm(range(config.num_steps), desc="recipe" if config.recipe else "plain")
-    for step in progress:
-        if step == config.num_growth_steps:
-            grow(model, config)
-            early_exit_loss = make_early_exit_loss(parts, config.num_layers, config)
-        if config.recipe and step == config.num_steps - config.num_distill_steps:
-            early_exit_loss = make_distill_loss(parts, config)
-        if step == config.num_steps - config.num_long_steps:
-            batches = iter_batches(
-                token_ids, config.long_seq_len, config.tokens_per_step, config.seed + 1
-            )
-        batch = next(batches)
-        dropout.set_step(step)
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * learning_rate_factor(step, config)
-        with (
-            torch.autocast("cpu", torch.bfloat16),
-            capture_layer_outputs(parts.layers, early_exit_loss.active_layers(step)) as outputs,
-        ):
-            model.model(input_ids=batch[:, :-1], use_cache=False)
-            loss, exit_losses = early_exit_loss.compute(outputs, batch[:, 1:], step)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 20 == 0:
-            shown = {f"exit {i + 1}": f"{exit_loss:.3f}" for i, exit_loss in exit_losses.items()}
-            progress.set_postfix(shown)
-    dropout.detach()
-    model.eval()
+    with LayerSkip(model, settings) as layer_skip:
+        model.config.num_hidden_layers = config.num_first_layers
+        layer_skip.exit_loss = settings.make_exit_loss(layer_skip.parts, config.num_first_layers)
+        for step in progress:
+            if step == config.num_growth_steps:
+                grow(model, config)
+                layer_skip.exit_loss = settings.make_exit_loss(layer_skip.parts)
+            if config.recipe and step == config.num_steps - config.num_distill_steps:
+                layer_skip.exit_loss = make_distill_loss(layer_skip.parts, config)
+            if step == config.num_steps - config.num_long_steps:
+                batches = iter_batches(
+                    token_ids, config.long_seq_len, config.tokens_per_step, config.seed + 1
+                )
+            batch = next(batches)
+            inputs, labels = batch[:, :-1], batch[:, 1:]
+            layer_skip.set_step(step, config.num_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * learning_rate_factor(step, config)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(input_ids=inputs, labels=labels, shift_labels=labels).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % 20 == 0:
+                progress.set_postfix(
+                    {f"exit {e}": f"{loss:.3f}" for e, loss in layer_skip.exit_losses.items()}
+                )
+    model.train(False)
 
 
 def evaluate(
@@ -175,8 +139,8 @@ def evaluate(
     num_prompts: int = 32,
     num_new_tokens: int = 128,
 ) -> dict[str, Any]:
-    """Returns every exit's held-out loss and, by E, the acceptance of its greedy drafts."""
-    losses = held_out_exit_losses(model, held_out_ids, seq_len=512)
+    """Return every exit's held-out loss and, by E, the acceptance of its greedy drafts."""
+    losses = measure_held_out(model, held_out_ids.unfold(0, 513, 512)).losses
     prompts = held_out_prompts(num_prompts)
     matches = exit_matches(
         model,
@@ -207,7 +171,7 @@ def evaluate(
 
 
 def pretrain(out: Path, config: PretrainConfig) -> dict[str, Any]:
-    """Trains, evaluates and saves; returns what `training.json` says."""
+    """Train, evaluate and save; return what `training.json` says."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -223,7 +187,7 @@ def pretrain(out: Path, config: PretrainConfig) -> dict[str, Any]:
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     num_tokens = config.num_steps * config.tokens_per_step
     report = {
-        "config": asdict(config),
+        "config": config.model_dump(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "train_sha256": stdlib_corpus.corpus_sha256(train_files),
@@ -242,8 +206,8 @@ def pretrain(out: Path, config: PretrainConfig) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs the command line."""
-    report = pretrain(*parse_args(__doc__))
+    """Run the command line."""
+    report = pretrain(*parse_args())
     print(json.dumps(report, indent=2))
 
 

@@ -6,7 +6,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -22,7 +22,7 @@ END_OF_TEXT = "<|endoftext|>"
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, max_length: int
 ) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer; it encodes any text and adds no token of its own."""
+    """Train a byte-level BPE tokenizer; it encodes any text and adds no token of its own."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -33,17 +33,19 @@ def train_tokenizer(
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    make: Any = PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerFast = make(
         tokenizer_object=bpe,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
+    return tokenizer
 
 
 def encode_files(tokenizer: PreTrainedTokenizerFast, files: Iterable[SourceFile]) -> torch.Tensor:
-    """Returns the files' tokens, an end-of-text token after each file, `[num_tokens] int64`."""
+    """Return the files' tokens, an end-of-text token after each file, `[num_tokens] int64`."""
     token_ids: list[int] = []
     for file in files:
         token_ids += [*tokenizer.encode(file.text), tokenizer.eos_token_id]
@@ -51,10 +53,11 @@ def encode_files(tokenizer: PreTrainedTokenizerFast, files: Iterable[SourceFile]
 
 
 def build_model(config: PretrainConfig, eos_token_id: int) -> LlamaForCausalLM:
-    """Returns a Llama with random weights; matrices that end a residual branch start smaller."""
+    """Return a Llama with random weights; matrices that end a residual branch start smaller."""
     torch.manual_seed(config.seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
+    make, make_config = cast(Any, LlamaForCausalLM), cast(Any, LlamaConfig)
+    model: LlamaForCausalLM = make(
+        make_config(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -82,13 +85,13 @@ def build_model(config: PretrainConfig, eos_token_id: int) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def scale_contribution(layer: LlamaDecoderLayer, scale: float) -> None:
-    """Scales what a layer adds to the residual stream, in place."""
+    """Scale what a layer adds to the residual stream, in place."""
     layer.self_attn.o_proj.weight.mul_(scale)
     layer.mlp.down_proj.weight.mul_(scale)
 
 
 def grow(model: LlamaForCausalLM, config: PretrainConfig) -> None:
-    """Makes every layer after the first ones a copy of one of them, in turn, and lets all run."""
+    """Make every layer after the first ones a copy of one of them, in turn,, and let all run."""
     layers = model.model.layers
     for layer_idx in range(config.num_first_layers, config.num_layers):
         layers[layer_idx].load_state_dict(layers[layer_idx % config.num_first_layers].state_dict())
@@ -102,7 +105,7 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerFast,
     report: dict[str, Any],
 ) -> None:
-    """Writes the checkpoint in Hugging Face's layout, and `training.json` beside it."""
+    """Write the checkpoint in Hugging Face's layout, and `training.json` beside it."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     # transformers 5 writes a class name that transformers 4 does not know; both know this one.

@@ -6,15 +6,15 @@ Prompts with completions can have a row each.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from string import Formatter
-from typing import Any
+from typing import Any, Self
 
 import datasets
 import torch
+from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from layerskip_vllm.checkpoint.checks import check_positive_int
+from layerskip_vllm.checkpoint.validation import Settings
 from layerskip_vllm.training.data_sources import DataSource, Rows, load_texts
 from layerskip_vllm.training.early_exit_loss import IGNORED_LABEL
 
@@ -23,38 +23,35 @@ PACKED_DOCUMENTS = 1000  # documents that are packed together; their last row is
 SHUFFLE_BUFFER = 10_000  # rows of a stream that are shuffled together
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """What a run trains on.
+class DataConfig(Settings):
+    """What a run trains on."""
 
-    Attributes:
-        train: The data sets to train on.
-        seq_len: Tokens of a row; longer prompts with completions are cut.
-        evaluation: The data sets to evaluate on.
-        packing: Whether documents share rows of `seq_len` tokens, or have a row each.
-        streaming: Whether data is read while training, for what is too large to be read before.
-        num_processes: Processes that read data before training; with streaming they are
-            `training.dataloader_num_workers`.
+    train: tuple[DataSource, ...] = Field(min_length=1, description="The data sets to train on.")
+    seq_len: int = Field(
+        ge=2,
+        description="Tokens of a row, of which the first is given; longer prompts with completions "
+        "are cut.",
+    )
+    evaluation: tuple[DataSource, ...] = Field(
+        default=(), description="The data sets to evaluate on."
+    )
+    packing: bool = Field(
+        default=True,
+        description="Whether documents share rows of `seq_len` tokens, or have a row each.",
+    )
+    streaming: bool = Field(
+        default=False,
+        description="Whether data is read while training, for what is too large to be read before.",
+    )
+    num_processes: int = Field(
+        default=1,
+        ge=1,
+        description="Processes that read data before training; with streaming they are "
+        "`training.dataloader_num_workers`.",
+    )
 
-    Raises:
-        ValueError: There is nothing to train on, a number is not positive, or the sources' weights
-            do not go together.
-    """
-
-    train: tuple[DataSource, ...]
-    seq_len: int
-    evaluation: tuple[DataSource, ...] = ()
-    packing: bool = True
-    streaming: bool = False
-    num_processes: int = 1
-
-    def __post_init__(self) -> None:
-        check_positive_int("seq_len", self.seq_len)
-        if self.seq_len < 2:
-            raise ValueError("seq_len is 1; it must be at least 2: a row's first token is given.")
-        check_positive_int("num_processes", self.num_processes)
-        if not self.train:
-            raise ValueError("train is empty; it must be a list of data sets.")
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
         for name in ("train", "evaluation"):
             weights = [source.weight for source in getattr(self, name)]
             if len(weights) > 1 and None in weights and (self.streaming or any(weights)):
@@ -62,6 +59,7 @@ class DataConfig:
                     f"{name} has the weights {weights}; give one to each, or to none without "
                     "streaming."
                 )
+        return self
 
 
 def load_rows(
@@ -70,7 +68,7 @@ def load_rows(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
 ) -> Rows:
-    """Loads data sets and turns them into rows to train on.
+    """Load data sets and turns them into rows to train on.
 
     Args:
         sources: The data sets.
@@ -131,7 +129,7 @@ def _make_rows(source: DataSource, config: DataConfig, tokenizer: PreTrainedToke
 def _make_encoder(
     source: DataSource, columns: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[dict[str, list[Any]]], Columns]:
-    """Returns what encodes a batch of texts to documents, each with an end-of-text token."""
+    """Return what encodes a batch of texts to documents, each with an end-of-text token."""
     eos_token_id = tokenizer.eos_token_id
 
     def encode(texts: list[str], **options: Any) -> list[list[int]]:
@@ -187,7 +185,7 @@ def _check_template(name: str, template: str, columns: Sequence[str]) -> None:
 
 
 def _make_packer(seq_len: int, filler_id: int) -> Callable[[Columns], Columns]:
-    """Returns what puts documents one after another into rows of `seq_len` tokens.
+    """Return what puts documents one after another into rows of `seq_len` tokens.
 
     The last row is filled up with tokens that nothing is learned from, so that no text is lost.
     """
@@ -204,7 +202,7 @@ def _make_packer(seq_len: int, filler_id: int) -> Callable[[Columns], Columns]:
 
 
 def _cut(documents: Columns, seq_len: int) -> Columns:
-    """Cuts each document to `seq_len` tokens; those that nothing is left to learn of go."""
+    """Cut each document to `seq_len` tokens; those that nothing is left to learn of go."""
     pairs = zip(documents["input_ids"], documents["labels"], strict=True)
     kept = [
         (token_ids[:seq_len], labels[:seq_len])
@@ -215,7 +213,7 @@ def _cut(documents: Columns, seq_len: int) -> Columns:
 
 
 def collate(rows: Sequence[Mapping[str, Any]], filler_id: int) -> dict[str, torch.Tensor]:
-    """Makes a batch of rows, filled up on the right to the length of the longest.
+    """Make a batch of rows, filled up on the right to the length of the longest.
 
     Args:
         rows: Rows of `input_ids` and `labels`.

@@ -5,11 +5,13 @@
 
 import glob
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import datasets
+from pydantic import Field, model_validator
+
+from layerskip_vllm.checkpoint.validation import Settings
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 # How `datasets` reads a file, by its suffix.
@@ -25,49 +27,45 @@ _WHOLE_TEXT: tuple[str, dict[str, Any]] = ("text", {"sample_by": "document"})
 _COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 
 
-@dataclass(frozen=True)
-class DataSource:
-    """One data set.
+class DataSource(Settings):
+    """One data set."""
 
-    Attributes:
-        path: A local file or a pattern such as `corpus/**/*.py`, or a data set's name on the hub.
-            Files are read by their suffix: .jsonl, .json, .csv, .tsv and .parquet have columns, any
-            other file is one text. Compressed ones are read too.
-        config_name: The hub data set's configuration.
-        data_dir: The folder in the hub data set.
-        split: The split.
-        text: The column that has the text.
-        prompt: Instead of `text`, a template with columns' names in braces; nothing is learned from
-            what it makes.
-        completion: The template of what follows the prompt, and is learned.
-        weight: The share of this source in the rows, relative to the others'. Without it sources
-            follow one another whole.
+    path: str = Field(
+        description="A local file or a pattern such as `corpus/**/*.py`, or a data set's name on "
+        "the hub. Files are read by their suffix: .jsonl, .json, .csv, .tsv and .parquet have "
+        "columns, any other file is one text. Compressed ones are read too."
+    )
+    config_name: str | None = Field(default=None, description="The hub data set's configuration.")
+    data_dir: str | None = Field(default=None, description="The folder in the hub data set.")
+    split: str = Field(default="train", description="The split.")
+    text: str = Field(default="text", description="The column that has the text.")
+    prompt: str | None = Field(
+        default=None,
+        description="Instead of `text`, a template with columns' names in braces; nothing is "
+        "learned from what it makes.",
+    )
+    completion: str | None = Field(
+        default=None, description="The template of what follows the prompt, and is learned."
+    )
+    weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="The share of this source in the rows, relative to the others'. Without it "
+        "sources follow one another whole.",
+    )
 
-    Raises:
-        ValueError: Only one of `prompt` and `completion` is given, or `weight` is not positive.
-    """
-
-    path: str
-    config_name: str | None = None
-    data_dir: str | None = None
-    split: str = "train"
-    text: str = "text"
-    prompt: str | None = None
-    completion: str | None = None
-    weight: float | None = None
-
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if (self.prompt is None) != (self.completion is None):
             raise ValueError(
                 f"prompt is {self.prompt!r} and completion is {self.completion!r}; give both, or "
                 "neither for plain text."
             )
-        if self.weight is not None and self.weight <= 0:
-            raise ValueError(f"weight is {self.weight}; it must be above 0.")
+        return self
 
 
 def load_texts(source: DataSource, streaming: bool) -> Rows:
-    """Loads a data set as it is.
+    """Load a data set as it is.
 
     Args:
         source: Which.
@@ -110,7 +108,7 @@ def _load(source: DataSource, streaming: bool) -> Rows:
 
 
 def _find_reader(path: str, files: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Returns `datasets`' reader for some files, and its options."""
+    """Return `datasets`' reader for some files, and its options."""
     found = []
     for file in files:
         suffixes = [suffix for suffix in Path(file).suffixes if suffix not in _COMPRESSIONS]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 LAYERS_NAMES = ("layers", "h")
@@ -38,14 +39,14 @@ class DecoderParts:
         head: The output embeddings, which every exit shares too.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     decoder: nn.Module
-    layers: nn.ModuleList
+    layers: Sequence[nn.Module]
     norm: nn.Module
     head: nn.Module
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Returns the logits of the exit after a layer.
+        """Compute the logits of the exit after a layer.
 
         The model's own `forward` computes them, with the decoder's work done already: so logits are
         scaled or capped where the model does that.
@@ -59,13 +60,19 @@ class DecoderParts:
         output = _DecoderOutput(last_hidden_state=self.norm(hidden_states))
         undo = replace_forward(self.decoder, lambda *_args, **_kwargs: output)
         try:
-            return type(self.model).forward(self.model).logits
+            logits: torch.Tensor = type(self.model).forward(self.model).logits
         finally:
             undo()
+        return logits
+
+    @torch.no_grad()
+    def predict(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Compute an exit's probabilities, `[batch_size * seq_len, vocab_size] float32`."""
+        return self.compute_logits(hidden_states).float().flatten(0, -2).softmax(-1)
 
 
-def find_decoder_parts(model: nn.Module) -> DecoderParts:
-    """Finds the parts of a transformers causal language model, one with peft's adapters too.
+def find_decoder_parts(model: Any) -> DecoderParts:
+    """Find the parts of a transformers causal language model, one with peft's adapters too.
 
     Args:
         model: The model, with its head.
@@ -83,9 +90,9 @@ def find_decoder_parts(model: nn.Module) -> DecoderParts:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"model must be decoder-only, {name} has an encoder too.")
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    layers = _first_child(decoder, LAYERS_NAMES, nn.ModuleList)
-    norm = _first_child(decoder, NORM_NAMES, nn.Module)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    layers: Any = _first_child(decoder, LAYERS_NAMES, nn.ModuleList)
+    norm: Any = _first_child(decoder, NORM_NAMES, nn.Module)
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for part, found, looked_for in (
         ("decoder layers", layers, f"a ModuleList named {' or '.join(LAYERS_NAMES)}"),
         ("final norm", norm, f"a module named {' or '.join(NORM_NAMES)}"),
@@ -105,7 +112,7 @@ def _first_child(module: nn.Module, names: Iterable[str], kind: type[nn.Module])
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Puts `forward` in the place of a module's own.
+    """Put `forward` in the place of a module's own.
 
     Args:
         module: The module.
@@ -130,7 +137,7 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[
 def capture_layer_outputs(
     layers: Sequence[nn.Module], layer_indices: Iterable[int]
 ) -> Iterator[dict[int, torch.Tensor]]:
-    """Collects the outputs of some layers while a forward pass runs inside the `with`.
+    """Collect the outputs of some layers while a forward pass runs inside the `with`.
 
     Args:
         layers: The model's decoder layers, all of them, in order.

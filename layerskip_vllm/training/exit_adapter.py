@@ -4,16 +4,17 @@
 """
 
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
+from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from typing_extensions import override
 
-from layerskip_vllm.checkpoint.checks import check_positive_int
 from layerskip_vllm.checkpoint.entry import default_settings
 from layerskip_vllm.checkpoint.exit_adapter import (
     ExitAdapter,
@@ -21,43 +22,30 @@ from layerskip_vllm.checkpoint.exit_adapter import (
     load_exit_adapter,
     save_exit_adapter,
 )
+from layerskip_vllm.checkpoint.validation import Settings
 from layerskip_vllm.training.decoder import capture_layer_outputs, find_decoder_parts
 from layerskip_vllm.training.early_exit_loss import ExitTarget, exit_loss, next_token_labels
 from layerskip_vllm.training.trainer import ResumableTrainer, check_arguments
 
 
-@dataclass(frozen=True)
-class ExitAdapterSettings:
-    """How an exit adapter is trained.
+class ExitAdapterSettings(Settings):
+    """How an exit adapter is trained."""
 
-    Attributes:
-        rank: Rank of its low-rank map.
-        exit_layer: E, its exit; a quarter of the layers when None.
-        num_speculative_tokens: K that it says it drafts; 4 when None.
-        target: What it learns to predict: what the "last_layer" does, by which drafts are accepted,
-            or the "labels", for which only the first E layers run.
-
-    Raises:
-        ValueError: A value is out of range whatever the model.
-    """
-
-    rank: int = 128
-    exit_layer: int | None = None
-    num_speculative_tokens: int | None = None
-    target: ExitTarget = "last_layer"
-
-    def __post_init__(self) -> None:
-        check_positive_int("rank", self.rank)
-        for name in ("exit_layer", "num_speculative_tokens"):
-            if getattr(self, name) is not None:
-                check_positive_int(name, getattr(self, name))
-        if self.target not in get_args(ExitTarget):
-            raise ValueError(
-                f"target is {self.target!r}; it must be one of {', '.join(get_args(ExitTarget))}."
-            )
+    rank: int = Field(default=128, ge=1, description="Rank of its low-rank map.")
+    exit_layer: int | None = Field(
+        default=None, ge=1, description="E, its exit; a quarter of the layers when not given."
+    )
+    num_speculative_tokens: int | None = Field(
+        default=None, ge=1, description="K that it says it drafts; 4 when not given."
+    )
+    target: ExitTarget = Field(
+        default="last_layer",
+        description='What it learns to predict: what the "last_layer" does, by which drafts are '
+        'accepted, or the "labels", for which only the first E layers run.',
+    )
 
     def make_config(self, hidden_size: int, num_layers: int) -> ExitAdapterConfig:
-        """Returns what the adapter of a model is.
+        """Make the config of a model's adapter.
 
         Args:
             hidden_size: The model's.
@@ -100,7 +88,7 @@ class AdaptedExit(nn.Module):
 
     adapter: ExitAdapter
 
-    def __init__(self, model: nn.Module, settings: ExitAdapterSettings, seed: int) -> None:
+    def __init__(self, model: Any, settings: ExitAdapterSettings, seed: int) -> None:
         super().__init__()
         # The Trainer then gives `num_items_in_batch`, and counts labels as it does for a model.
         self.accepts_loss_kwargs = True
@@ -127,7 +115,7 @@ class AdaptedExit(nn.Module):
         position_ids: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> CausalLMOutputWithPast:
-        """Computes the exit's loss.
+        """Compute the exit's loss.
 
         Args:
             input_ids: `[batch_size, seq_len] int64`.
@@ -147,19 +135,19 @@ class AdaptedExit(nn.Module):
             attention_mask=attention_mask,
             position_ids=position_ids,
         )
-        soft_labels = None
-        if self._is_target_last:
-            with torch.no_grad():
-                soft_labels = _flat(self._parts.compute_logits(outputs[last_idx])).softmax(-1)
-        logits = _flat(self._adapted_parts.compute_logits(outputs[exit_idx]))
-        if isinstance(num_items_in_batch, torch.Tensor):
-            num_items_in_batch = num_items_in_batch.to(labels.device)
-        loss = exit_loss(logits, next_token_labels(labels), soft_labels, num_items_in_batch)
+        soft_labels = self._parts.predict(outputs[last_idx]) if self._is_target_last else None
+        loss: Any = exit_loss(
+            self._adapted_parts,
+            outputs[exit_idx],
+            next_token_labels(labels),
+            soft_labels,
+            num_items_in_batch,
+        )
         return CausalLMOutputWithPast(loss=loss)
 
     @torch.no_grad()
     def _run_layers(self, layer_indices: list[int], **inputs: Any) -> dict[int, torch.Tensor]:
-        """Runs the model as far as the last of some layers; their outputs by layer index."""
+        """Run the model as far as the last of some layers; their outputs by layer index."""
 
         def stop(*_: Any) -> None:
             raise _Stop
@@ -176,11 +164,6 @@ class AdaptedExit(nn.Module):
 
 class _Stop(Exception):
     """All layers that are needed have run."""
-
-
-def _flat(logits: torch.Tensor) -> torch.Tensor:
-    """`[batch_size * seq_len, vocab_size] float32`."""
-    return logits.float().flatten(0, -2)
 
 
 class ExitAdapterTrainer(ResumableTrainer):
@@ -215,23 +198,28 @@ class ExitAdapterTrainer(ResumableTrainer):
         check_arguments(args, kwargs)
         check_adapter_arguments(args)
         exit_ = AdaptedExit(model, settings, args.seed)
-        model.to(args.device)  # The Trainer moves what the exit registers, the adapter alone.
+        nn.Module.to(
+            model, args.device
+        )  # The Trainer moves what the exit registers, the adapter alone.
         self.adapter = exit_.adapter
         super().__init__(model=exit_, args=args, **kwargs)
 
+    @override
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        save_exit_adapter(Path(output_dir or self.args.output_dir), self.adapter)
+        save_exit_adapter(Path(output_dir or str(self.args.output_dir)), self.adapter)
 
+    @override
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         adapter = load_exit_adapter(Path(resume_from_checkpoint))
         self.adapter.load_state_dict(adapter.state_dict())
 
+    @override
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
 def check_adapter_arguments(args: TrainingArguments) -> None:
-    """Checks that the Trainer's arguments have a meaning for an adapter of a frozen model.
+    """Check that the Trainer's arguments have a meaning for an adapter of a frozen model.
 
     Args:
         args: The Trainer's arguments.

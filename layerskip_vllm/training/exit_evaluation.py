@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from layerskip_vllm.training.exit_head import ExitHead
 
@@ -49,12 +49,12 @@ class HeldOutExits:
 
 @torch.inference_mode()
 def measure_held_out(
-    model: nn.Module,
+    model: PreTrainedModel,
     sequences: torch.Tensor,
     batch_size: int = 8,
     on_sequences: Callable[[int], None] = lambda _: None,
 ) -> HeldOutExits:
-    """Measures every exit on text that the model has not seen.
+    """Measure every exit on text that the model has not seen.
 
     Exits are unembedded one at a time and in chunks: beside the model's own this takes the memory
     of every layer's output for one batch.
@@ -71,10 +71,10 @@ def measure_held_out(
     head = ExitHead(model)
     num_layers = len(head.parts.layers)
     losses, num_agreed = [0.0] * num_layers, [0] * num_layers
-    for rows in sequences.split(batch_size):
+    for rows in torch.split(sequences, batch_size):
         rows = rows.to(model.device)
         outputs = head.run_layers(rows[:, :-1])
-        labels = rows[:, 1:].flatten().split(head.chunk_size)
+        labels = torch.split(rows[:, 1:].flatten(), head.chunk_size)
         choices = []
         for layer_idx in range(num_layers):
             chosen = []
@@ -95,33 +95,16 @@ def measure_held_out(
     )
 
 
-def held_out_exit_losses(
-    model: nn.Module, token_ids: torch.Tensor, seq_len: int, batch_size: int = 8
-) -> list[float]:
-    """Returns each exit's mean cross-entropy in nats per token, first layer to last.
-
-    Args:
-        model: A Hugging Face causal language model.
-        token_ids: `[num_tokens] int64`, cut into sequences of `seq_len`.
-        seq_len: Tokens of a sequence.
-        batch_size: Sequences of a forward pass.
-
-    Returns:
-        One loss a layer; the last is the model's own.
-    """
-    return measure_held_out(model, token_ids.unfold(0, seq_len + 1, seq_len), batch_size).losses
-
-
 @torch.inference_mode()
 def exit_matches(
-    model: nn.Module,
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     num_new_tokens: int,
     eos_token_id: int | Collection[int],
     batch_size: int = 1,
     on_prompts: Callable[[int], None] = lambda _: None,
 ) -> list[torch.Tensor]:
-    """Completes prompts greedily, and says where each exit would have chosen the same token.
+    """Complete prompts greedily, and says where each exit would have chosen the same token.
 
     Args:
         model: A Hugging Face causal language model.
@@ -176,23 +159,23 @@ def _choose_at_every_exit(head: ExitHead, token_ids: torch.Tensor, start: int) -
 
 
 def complete_greedily(
-    model: nn.Module,
+    model: PreTrainedModel,
     prompt: Sequence[int],
     num_new_tokens: int,
     eos_token_id: int | Collection[int],
 ) -> list[int]:
-    """Returns the token ids that the whole model appends to `prompt`, without `eos_token_id`."""
+    """Return the token ids that the whole model appends to `prompt`, without `eos_token_id`."""
     return _complete_batch(model, [prompt], num_new_tokens, eos_token_id)[0]
 
 
 @torch.inference_mode()
 def _complete_batch(
-    model: nn.Module,
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     num_new_tokens: int,
     eos_token_id: int | Collection[int],
 ) -> list[list[int]]:
-    """Completes prompts of one length; the likeliest token always, whatever `generate` would do."""
+    """Complete prompts of one length; the likeliest token always, whatever `generate` would do."""
     eos_token_ids = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     next_ids = torch.tensor(prompts, device=model.device)
     cache, completions = None, torch.empty(len(prompts), 0, dtype=torch.int64)
@@ -210,7 +193,7 @@ def _complete_batch(
 
 
 def simulate_acceptance(matches: Sequence[torch.Tensor], num_speculative_tokens: int) -> Acceptance:
-    """Plays greedy self-speculative decoding for one exit, from `exit_matches`.
+    """Play greedy self-speculative decoding for one exit, from `exit_matches`.
 
     As in vLLM the first new token comes from the prompt's own step, and each round gives the
     accepted drafts and one token more. A last round that runs past a completion's end is left out.

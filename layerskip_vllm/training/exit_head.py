@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from layerskip_vllm.training.decoder import capture_layer_outputs, find_decoder_parts
 
@@ -24,23 +24,23 @@ class ExitHead:
             has no parts that `find_decoder_parts` knows.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.parts = find_decoder_parts(model)
         self.chunk_size = max(1, MAX_LOGITS_AT_ONCE // model.config.vocab_size)
         self._check()
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Returns `[num_tokens, vocab_size] float32` from a layer's `[num_tokens, hidden_size]`."""
+        """Return `[num_tokens, vocab_size] float32` from a layer's `[num_tokens, hidden_size]`."""
         return self.parts.compute_logits(hidden_states[None])[0].float()
 
     def iter_logits(self, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yields the same in parts of at most `chunk_size` tokens, so that they fit in memory."""
-        for chunk in hidden_states.split(self.chunk_size):
+        """Yield the same in parts of at most `chunk_size` tokens, so that they fit in memory."""
+        for chunk in torch.split(hidden_states, self.chunk_size):
             yield self.logits(chunk)
 
     def run_layers(self, token_ids: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Returns layer index to x_{l+1}, `[batch_size, seq_len, hidden_size]`."""
+        """Return layer index to x_{l+1}, `[batch_size, seq_len, hidden_size]`."""
         layers = self.parts.layers
         with capture_layer_outputs(layers, range(len(layers))) as outputs:
             self.parts.decoder(input_ids=token_ids, use_cache=False)

@@ -1,62 +1,58 @@
 """Layer dropout: in training, a decoder layer is skipped for some samples of the batch.
 
-Deeper layers are skipped more often, so the model learns to rely less on them. The trainer attaches
-it to a Hugging Face model's own decoder layers; in eval mode they are what they were.
+Deeper layers are skipped more often, so the model learns to rely less on them. `LayerSkip` replaces
+the `forward` of a transformers model's own layers; in eval mode they are what they were.
 
 Source: LayerSkip, arXiv 2404.16710, section 4.1.
 """
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, Self
 
 import torch
+from pydantic import Field
 from torch import nn
 
+from layerskip_vllm.checkpoint.validation import Settings
 from layerskip_vllm.training.decoder import replace_forward
 
 DepthSchedule = Literal["exponential", "linear", "constant"]
 TimeSchedule = Literal["constant", "exponential", "decreasing"]
 
 
-@dataclass(frozen=True)
-class LayerDropoutConfig:
-    """How often each layer is skipped.
+class LayerDropoutSettings(Settings):
+    """How often each layer is skipped."""
 
-    Attributes:
-        max_prob: Probability that the last layer is skipped for a sample, at a time factor of 1.
-        depth_schedule: How the probability grows with depth. "exponential" is the paper's.
-        time_schedule: How it changes over training. The paper has "constant" for continued training
-            and "exponential" for training from scratch.
-        rescale: Whether to divide a kept layer's contribution by the probability that it was kept,
-            so that its expectation is the same as in eval. Differs: the paper does not.
-        seed: Seed of the draws. It must be the same on all ranks: they must skip the same layers.
-
-    Raises:
-        ValueError: `max_prob` is not in [0, 1), or a schedule has no such name.
-    """
-
-    max_prob: float = 0.1
-    depth_schedule: DepthSchedule = "exponential"
-    time_schedule: TimeSchedule = "constant"
-    rescale: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.max_prob < 1.0:
-            raise ValueError(f"max_prob must be in [0, 1), got {self.max_prob}.")
-        for name, allowed in (
-            ("depth_schedule", get_args(DepthSchedule)),
-            ("time_schedule", get_args(TimeSchedule)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+    max_drop_prob: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="p_max, the last layer's probability of being skipped for a sample, where the "
+        "time schedule is at its height.",
+    )
+    depth_schedule: DepthSchedule = Field(
+        default="exponential", description="D(l), how the probability grows with depth."
+    )
+    time_schedule: TimeSchedule = Field(
+        default="constant",
+        description='S(t), how it changes over training: "constant" for continued training and '
+        '"exponential" from scratch, in the paper.',
+    )
+    rescale: bool = Field(
+        default=False,
+        description="Whether a kept layer's contribution is divided by its probability of being "
+        "kept, so that its expectation is the same as in eval. The paper does not.",
+    )
+    seed: int = Field(
+        default=0,
+        description="Seed of layer dropout's draws, the same on all ranks: they skip alike.",
+    )
 
 
 def depth_factor(schedule: DepthSchedule, layer_idx: int, num_layers: int) -> float:
-    """Returns D(l), the share of `max_prob` that layer `layer_idx` gets.
+    """Return D(l), the share of `max_prob` that layer `layer_idx` gets.
 
     Exponential is 2^(l / (L - 1)) - 1: 0 for the first layer, 1 for the last.
 
@@ -69,7 +65,7 @@ def depth_factor(schedule: DepthSchedule, layer_idx: int, num_layers: int) -> fl
 
 
 def time_factor(schedule: TimeSchedule, step: int, num_steps: int) -> float:
-    """Returns S(t), the share of `max_prob` in force at training step `step` of `num_steps`.
+    """Return S(t), the share of `max_prob` in force at training step `step` of `num_steps`.
 
     Exponential is 2^(t / (T - 1)) - 1: 0 at the first step, 1 at the last.
 
@@ -82,7 +78,7 @@ def time_factor(schedule: TimeSchedule, step: int, num_steps: int) -> float:
 
 
 class LayerDropout:
-    """Skips decoder layers per sample, by wrapping each layer's `forward` while attached.
+    """Skips decoder layers per sample inside its `with`, by replacing each layer's `forward`.
 
     What is skipped depends on the seed, the step, the micro-batch and the layer, and on nothing
     else: ranks agree, and activation checkpointing's second forward skips what the first one did.
@@ -94,68 +90,48 @@ class LayerDropout:
 
     Args:
         layers: The model's decoder layers, all of them, in order.
-        config: How often to skip.
-        num_steps: Steps of the whole training, for the time schedule.
+        settings: How often to skip.
     """
 
-    def __init__(
-        self, layers: Sequence[nn.Module], config: LayerDropoutConfig, num_steps: int
-    ) -> None:
-        self.config = config
-        self.num_steps = num_steps
+    def __init__(self, layers: Iterable[nn.Module], settings: LayerDropoutSettings) -> None:
+        self._settings = settings
         self._layers = list(layers)
-        self._step = 0
-        self._micro_batch = 0
         self._undo: list[Callable[[], None]] = []
+        self.set_step(0, 1)
 
-    def attach(self) -> "LayerDropout":
-        """Wraps the layers.
-
-        Returns:
-            Itself.
-
-        Raises:
-            RuntimeError: It is attached already.
-        """
+    def __enter__(self) -> Self:
         if self._undo:
-            raise RuntimeError("LayerDropout is attached already.")
+            raise RuntimeError("LayerDropout is on already.")
         self._undo = [
             replace_forward(layer, self._wrap(layer, layer_idx, layer.forward))
             for layer_idx, layer in enumerate(self._layers)
         ]
         return self
 
-    def detach(self) -> None:
-        """Gives the layers the `forward` back that they had."""
+    def __exit__(self, *_: object) -> None:
         for undo in self._undo:
             undo()
         self._undo = []
 
-    def set_step(self, step: int, micro_batch: int = 0) -> None:
-        """Says which step's draws the coming forward passes use.
-
-        Args:
-            step: The training step, from 0.
-            micro_batch: Which of the step's forward passes this is, if gradients are accumulated.
-        """
-        self._step = step
-        self._micro_batch = micro_batch
+    def set_step(self, step: int, num_steps: int, micro_batch: int = 0) -> None:
+        """Say which step's draws the coming forward passes use; see `LayerSkip.set_step`."""
+        self._step, self._num_steps, self._micro_batch = step, num_steps, micro_batch
 
     def drop_prob(self, layer_idx: int) -> float:
-        """Returns the probability that layer `layer_idx` is skipped for a sample at this step."""
-        depth = depth_factor(self.config.depth_schedule, layer_idx, len(self._layers))
-        time = time_factor(self.config.time_schedule, self._step, self.num_steps)
-        return self.config.max_prob * depth * time
+        """Return the probability that layer `layer_idx` is skipped for a sample at this step."""
+        depth = depth_factor(self._settings.depth_schedule, layer_idx, len(self._layers))
+        time = time_factor(self._settings.time_schedule, self._step, self._num_steps)
+        return self._settings.max_drop_prob * depth * time
 
     def kept_samples(self, layer_idx: int, batch_size: int) -> torch.Tensor:
-        """Returns the indices of the samples that layer `layer_idx` runs, `[num_kept] int64`."""
+        """Return the indices of the samples that layer `layer_idx` runs, `[num_kept] int64`."""
         generator = torch.Generator()
         generator.manual_seed(self._draw_seed(layer_idx))
         draws = torch.rand(batch_size, generator=generator)
         return (draws >= self.drop_prob(layer_idx)).nonzero().flatten()
 
     def _draw_seed(self, layer_idx: int) -> int:
-        key = f"{self.config.seed} {self._step} {self._micro_batch} {layer_idx}".encode()
+        key = f"{self._settings.seed} {self._step} {self._micro_batch} {layer_idx}".encode()
         return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
 
     def _wrap(
@@ -167,7 +143,7 @@ class LayerDropout:
                 return forward(hidden_states, *args, **kwargs)
             batch_size = hidden_states.shape[0]
             kept = self.kept_samples(layer_idx, batch_size).to(hidden_states.device)
-            scale = 1.0 / (1.0 - drop_prob) if self.config.rescale else 1.0
+            scale = 1.0 / (1.0 - drop_prob) if self._settings.rescale else 1.0
             if len(kept) == 0:
                 return hidden_states
             if len(kept) == batch_size and scale == 1.0:
@@ -191,7 +167,7 @@ class LayerDropout:
 
 
 def _select_samples(value: Any, kept: torch.Tensor, batch_size: int) -> Any:
-    """Returns `value` with every per-sample tensor in it, nested ones too, cut to the kept samples.
+    """Return `value` with every per-sample tensor in it, nested ones too, cut to the kept samples.
 
     Raises:
         ValueError: `value` has a KV cache in it, whose other samples' lengths would not match, or

@@ -6,11 +6,11 @@
 import functools
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +23,7 @@ from transformers import (
 
 from layerskip_vllm.checkpoint.entry import CONFIG_KEY
 from layerskip_vllm.checkpoint.exit_adapter import WEIGHTS_FILE
+from layerskip_vllm.checkpoint.validation import Settings
 from layerskip_vllm.training.data import collate, load_rows
 from layerskip_vllm.training.exit_adapter import ExitAdapterSettings, ExitAdapterTrainer
 from layerskip_vllm.training.run_config import ModelConfig, RunConfig
@@ -33,7 +34,7 @@ STATE_FILE = "trainer_state.json"  # the Trainer writes it last into a checkpoin
 
 
 def prepare(config: RunConfig) -> ResumableTrainer:
-    """Loads all that a run needs, and checks that it goes together.
+    """Load all that a run needs, and checks that it goes together.
 
     Args:
         config: The run's config.
@@ -47,7 +48,7 @@ def prepare(config: RunConfig) -> ResumableTrainer:
     args = config.make_arguments()
     check_arguments(args, {})
     check_whole_checkpoint(args)
-    check_same_run(Path(args.output_dir), config)
+    check_same_run(Path(str(args.output_dir)), config)
     set_seed(args.seed)
     data_seed = args.seed if args.data_seed is None else args.data_seed
     tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer or config.model.path)
@@ -70,13 +71,13 @@ def prepare(config: RunConfig) -> ResumableTrainer:
 
 
 def train(trainer: ResumableTrainer, config: RunConfig) -> None:
-    """Trains, from the last checkpoint in `output_dir` if there is one, and saves the result there.
+    """Train, from the last checkpoint in `output_dir` if there is one, and saves the result there.
 
     Args:
         trainer: What `prepare` returned.
         config: The config it was made from.
     """
-    output_dir = Path(trainer.args.output_dir)
+    output_dir = Path(str(trainer.args.output_dir))
     if trainer.is_world_process_zero():
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / RUN_FILE).write_text(json.dumps(identify(config), indent=2) + "\n")
@@ -87,7 +88,7 @@ def train(trainer: ResumableTrainer, config: RunConfig) -> None:
 
 
 def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Loads the checkpoint to start from, or makes a model of random weights.
+    """Load the checkpoint to start from, or makes a model of random weights.
 
     Args:
         config: Which.
@@ -103,11 +104,12 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTr
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     if config.config is None:
-        model = AutoModelForCausalLM.from_pretrained(config.path, **options)
+        model = AutoModelForCausalLM.from_pretrained(str(config.path), **options)
     else:
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.config), **options)
+        from_config: Any = AutoModelForCausalLM.from_config
+        model = from_config(AutoConfig.for_model(**config.config), **options)
     # Not its weight's size, which is 0 where DeepSpeed has spread the weight over the ranks.
-    num_embeddings = model.get_input_embeddings().num_embeddings
+    num_embeddings = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > num_embeddings:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens and the model {num_embeddings}; the model "
@@ -117,7 +119,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTr
 
 
 def check_whole_checkpoint(args: TrainingArguments) -> None:
-    """Refuses a DeepSpeed config whose run would not end in a checkpoint that vLLM can load.
+    """Refuse a DeepSpeed config whose run would not end in a checkpoint that vLLM can load.
 
     Args:
         args: The run's arguments.
@@ -135,15 +137,14 @@ def check_whole_checkpoint(args: TrainingArguments) -> None:
 
 
 def identify(config: RunConfig) -> dict[str, Any]:
-    """Returns what makes a run this run; resuming with another would be neither run."""
+    """Return what makes a run this run; resuming with another would be neither run."""
     name = "layerskip" if config.exit_adapter is None else "exit_adapter"
-    parts: dict[str, Any] = {"model": config.model, "data": config.data, name: config.settings}
-    sections = {name: asdict(part) for name, part in parts.items()}
-    return json.loads(json.dumps(sections))
+    parts: dict[str, Settings] = {"model": config.model, "data": config.data, name: config.settings}
+    return {name: part.model_dump(mode="json") for name, part in parts.items()}
 
 
 def check_same_run(output_dir: Path, config: RunConfig) -> None:
-    """Checks that a folder's checkpoints, if any, are of this run.
+    """Check that a folder's checkpoints, if any, are of this run.
 
     Args:
         output_dir: The folder.
@@ -166,14 +167,14 @@ def check_same_run(output_dir: Path, config: RunConfig) -> None:
 
 
 def find_last_checkpoint(output_dir: Path) -> Path | None:
-    """Returns the newest checkpoint's folder that was written to its end, None without any."""
+    """Return the newest checkpoint's folder that was written to its end, None without any."""
     folders = [path.parent for path in output_dir.glob(f"checkpoint-*/{STATE_FILE}")]
     return max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
 def describe_result(trainer: ResumableTrainer, config: RunConfig) -> str:
-    """Returns what to tell the user at the end."""
-    folder = os.path.normpath(trainer.args.output_dir)
+    """Return what to tell the user at the end."""
+    folder = os.path.normpath(str(trainer.args.output_dir))
     if isinstance(trainer, ExitAdapterTrainer):
         num_bytes = (Path(folder) / WEIGHTS_FILE).stat().st_size
         speculative = json.dumps({"method": "layerskip", "exit_adapter": folder})

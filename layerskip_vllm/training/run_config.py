@@ -1,46 +1,54 @@
-"""A training run's config: the YAML file's sections as dataclasses, and the ready recipes.
+"""A training run's config: the YAML file's sections as models, and the ready recipes.
 
 `layerskip-vllm train` reads one and gives it to `run`.
 """
 
-from dataclasses import dataclass
+import dataclasses
+import functools
+import io
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, cast, get_type_hints
 
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from transformers import TrainingArguments
 
-from layerskip_vllm.checkpoint.checks import check_positive_int
+from layerskip_vllm.checkpoint.validation import Settings, parse
 from layerskip_vllm.training.data import DataConfig
 from layerskip_vllm.training.exit_adapter import ExitAdapterSettings
 from layerskip_vllm.training.settings import LayerSkipSettings
-from layerskip_vllm.training.strict_yaml import check_fields, make_dataclass, override, read_yaml
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """The model that a run starts from.
+class ModelConfig(Settings):
+    """The model that a run starts from."""
 
-    Attributes:
-        path: A checkpoint's folder or its name on the hub, to go on from.
-        config: Instead, the fields of a transformers config, `model_type` among them, for random
-            weights.
-        tokenizer: The tokenizer's folder or name; the checkpoint's own when None.
-        dtype: The weights' dtype. The optimizer works on these; `training.bf16` computes in
-            bfloat16 whatever it is.
-        attn_implementation: transformers' name of an attention kernel; its choice when None.
+    path: str | None = Field(
+        default=None, description="A checkpoint's folder or its name on the hub, to go on from."
+    )
+    config: dict[str, Any] | None = Field(
+        default=None,
+        description="Instead, the fields of a transformers config, `model_type` among them, for "
+        "random weights.",
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        description="The tokenizer's folder or name; the checkpoint's own when not given.",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="The weights' dtype. The optimizer works on these; `training.bf16` computes in "
+        "bfloat16 whatever it is.",
+    )
+    attn_implementation: str | None = Field(
+        default=None,
+        description="transformers' name of an attention kernel; its choice when not given.",
+    )
 
-    Raises:
-        ValueError: Not exactly one of `path` and `config` is given, or there is no tokenizer.
-    """
-
-    path: str | None = None
-    config: dict[str, Any] | None = None
-    tokenizer: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    attn_implementation: str | None = None
-
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if (self.path is None) == (self.config is None):
             raise ValueError(
                 f"path is {self.path!r} and config is {self.config!r}; one of them must be given."
@@ -52,35 +60,32 @@ class ModelConfig:
             ):
                 if value is None:
                     raise ValueError(f"{name} is missing; random weights need one.")
+        return self
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """One training run.
+class RunConfig(Settings):
+    """One training run."""
 
-    Attributes:
-        model: What it starts from.
-        data: What it trains on.
-        training: `transformers.TrainingArguments` by name, with `output_dir`.
-        layerskip: How it trains for early exit; the defaults when None.
-        exit_adapter: How it trains an exit adapter, with the model frozen, instead.
-        sequences_per_step: Sequences of an optimizer step over all devices. It sets
-            `gradient_accumulation_steps` for as many devices as there are.
+    model: ModelConfig = Field(description="What it starts from.")
+    data: DataConfig = Field(description="What it trains on.")
+    training: dict[str, Any] = Field(
+        description="`transformers.TrainingArguments` by name, with `output_dir`."
+    )
+    layerskip: LayerSkipSettings | None = Field(
+        default=None, description="How it trains for early exit; the defaults when not given."
+    )
+    exit_adapter: ExitAdapterSettings | None = Field(
+        default=None, description="How it trains an exit adapter, with the model frozen, instead."
+    )
+    sequences_per_step: int | None = Field(
+        default=None,
+        ge=1,
+        description="Sequences of an optimizer step over all devices. It sets "
+        "`training.gradient_accumulation_steps` for as many devices as there are.",
+    )
 
-    Raises:
-        ValueError: A key of `training` is unknown, missing, of another type or without use here, or
-            both `sequences_per_step` and `gradient_accumulation_steps`, or both `layerskip` and
-            `exit_adapter`, are given, or an adapter is asked for a model of random weights.
-    """
-
-    model: ModelConfig
-    data: DataConfig
-    training: dict[str, Any]
-    layerskip: LayerSkipSettings | None = None
-    exit_adapter: ExitAdapterSettings | None = None
-    sequences_per_step: int | None = None
-
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         self._checked_training()
         if self.layerskip is not None and self.exit_adapter is not None:
             raise ValueError(
@@ -99,18 +104,17 @@ class RunConfig:
                 f"training.resume_from_checkpoint is {self.training['resume_from_checkpoint']!r}; "
                 "leave it out: a run goes on from its last checkpoint in output_dir by itself."
             )
-        if self.sequences_per_step is not None:
-            check_positive_int("sequences_per_step", self.sequences_per_step)
-            if "gradient_accumulation_steps" in self.training:
-                raise ValueError(
-                    "training.gradient_accumulation_steps and sequences_per_step are both given; "
-                    "leave one out."
-                )
+        if self.sequences_per_step and "gradient_accumulation_steps" in self.training:
+            raise ValueError(
+                "training.gradient_accumulation_steps and sequences_per_step are both given; leave "
+                "one out."
+            )
         if self.data.streaming and self.training.get("max_steps", -1) < 1:
             raise ValueError(
                 f"training.max_steps is {self.training.get('max_steps')!r}; data.streaming needs "
                 "an integer of at least 1, as a stream's length is not known."
             )
+        return self
 
     @property
     def settings(self) -> LayerSkipSettings | ExitAdapterSettings:
@@ -118,14 +122,11 @@ class RunConfig:
         return self.exit_adapter or self.layerskip or LayerSkipSettings()
 
     def _checked_training(self) -> dict[str, Any]:
-        # transformers takes true and false for `fsdp`, whatever its annotation says.
-        is_bool = isinstance(self.training.get("fsdp"), bool)
-        fsdp = {"fsdp": self.training["fsdp"]} if is_bool else {}
-        others = {key: value for key, value in self.training.items() if key not in fsdp}
-        return check_fields(TrainingArguments, others, "training") | fsdp
+        section = parse(_make_training_model(), self.training, "training")
+        return section.model_dump(exclude_unset=True)
 
     def make_arguments(self) -> TrainingArguments:
-        """Makes the Trainer's arguments, with gradients accumulated up to `sequences_per_step`.
+        """Make the Trainer's arguments, with gradients accumulated up to `sequences_per_step`.
 
         Returns:
             The arguments for this machine.
@@ -146,8 +147,22 @@ class RunConfig:
         return args
 
 
+class _TrainingSection(Settings):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+
+@functools.cache
+def _make_training_model() -> type[BaseModel]:
+    """Make a model of `TrainingArguments`' fields, which checks them without making one."""
+    hints = get_type_hints(TrainingArguments)
+    hints["fsdp"] |= bool  # transformers takes true and false, whatever its annotation says
+    names = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
+    fields: dict[str, Any] = {name: (hints[name], None) for name in names}
+    return create_model("TrainingSection", __base__=_TrainingSection, **fields)
+
+
 def list_recipes() -> dict[str, str]:
-    """Returns the ready recipes' names, each with what its first line says."""
+    """Return the ready recipes' names, each with what its first line says."""
     files = resources.files("layerskip_vllm.training").joinpath("recipes").iterdir()
     texts = {file.name: file.read_text() for file in files if file.name.endswith(".yaml")}
     return {
@@ -157,7 +172,7 @@ def list_recipes() -> dict[str, str]:
 
 
 def read_config_text(name: str) -> str:
-    """Returns the text of a config.
+    """Read the text of a config.
 
     Args:
         name: A YAML file's path, or the name of a ready recipe.
@@ -179,11 +194,11 @@ def read_config_text(name: str) -> str:
 
 
 def load_config(name: str, assignments: list[str] | None = None) -> RunConfig:
-    """Reads a run's config.
+    """Read a run's config.
 
     Args:
         name: A YAML file's path, or the name of a ready recipe.
-        assignments: Values to set over the file's, see `override`.
+        assignments: Values to set over the file's, see `read_tree`.
 
     Returns:
         The config, checked.
@@ -191,7 +206,62 @@ def load_config(name: str, assignments: list[str] | None = None) -> RunConfig:
     Raises:
         ValueError: Something in it is unknown, missing or wrong.
     """
-    tree = read_yaml(read_config_text(name))
-    for assignment in assignments or []:
-        override(tree, assignment)
-    return make_dataclass(RunConfig, tree, "")
+    return parse(RunConfig, read_tree(read_config_text(name), assignments or []))
+
+
+def read_tree(text: str, assignments: list[str]) -> dict[str, Any]:
+    """Read a YAML text whose top is a mapping, and set values over its own.
+
+    Args:
+        text: The YAML.
+        assignments: Such as `training.max_steps=100`, or `data.train.0.path=...` for a list's item;
+            the value is YAML.
+
+    Returns:
+        Plain values.
+
+    Raises:
+        ValueError: It is no YAML, is not a mapping or has a key twice, or an assignment is none or
+            its path goes through something that has no such part.
+    """
+    try:
+        config = OmegaConf.load(io.StringIO(text))
+    except (yaml.YAMLError, OSError, OmegaConfBaseException) as error:
+        raise ValueError(f"The config is not YAML: {error}") from error
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"The config is {config}; it must be a mapping of sections.")
+    for assignment in assignments:
+        _assign(config, assignment)
+    return cast(dict[str, Any], OmegaConf.to_container(config))
+
+
+def _assign(config: DictConfig, assignment: str) -> None:
+    path, equals, _ = assignment.partition("=")
+    if not equals or not path:
+        raise ValueError(f"{assignment!r} sets nothing; write KEY=VALUE, as in training.seed=1.")
+    _check_path(config, path, assignment)
+    try:
+        config.merge_with_dotlist([assignment])
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{assignment!r} sets what is no YAML; put the value in quotes of its own, as in "
+            f"{path}='\"...\"'. {error}"
+        ) from error
+
+
+def _check_path(config: DictConfig, path: str, assignment: str) -> None:
+    """Refuse a path through a value, which would be replaced, or through an item that is not."""
+    node: Any = config
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        where = ".".join(parts[:i])
+        if isinstance(node, ListConfig):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ValueError(
+                    f"{assignment!r} cannot be set: {where} has {len(node)} items and no {part!r}."
+                )
+            node = node[int(part)]
+        elif isinstance(node, DictConfig):
+            node = node.get(part)
+        elif node is not None:
+            raise ValueError(f"{assignment!r} cannot be set: {where} is {node!r}, without parts.")

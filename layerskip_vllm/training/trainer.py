@@ -3,12 +3,13 @@
 `layerskip-vllm train` uses it; so can a script, in the place of `Trainer`.
 """
 
-from collections import defaultdict
+from collections import Counter
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
+from typing_extensions import override
 
 from layerskip_vllm.checkpoint.entry import CONFIG_KEY
 from layerskip_vllm.training.layer_skip import LayerSkip
@@ -22,8 +23,9 @@ class ResumableTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.add_callback(_EndCallback())
 
+    @override
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as `Trainer.train` does, with the same arguments and result."""
+        """Train as `Trainer.train` does, with the same arguments and result."""
         try:
             return super().train(*args, **kwargs)
         except _AlreadyTrained:
@@ -64,31 +66,31 @@ class LayerSkipTrainer(ResumableTrainer):
         super().__init__(model=model, args=args, **kwargs)
         entry = settings.draft_entry(self.layer_skip.num_layers)
         setattr(self.layer_skip.model.config, CONFIG_KEY, entry)
-        self.add_callback(_StartCallback(self.layer_skip))
         self._micro_batch = 0
-        self._exit_totals: dict[int, torch.Tensor | float] = defaultdict(float)
-        self._num_exit_steps: dict[int, int] = defaultdict(int)
+        self._exit_totals: dict[int, torch.Tensor] = {}
+        self._num_exit_steps: Counter[int] = Counter()
 
+    @override
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as `Trainer.train` does, with the same arguments and result."""
-        self.layer_skip.attach()
-        try:
+        """Train as `Trainer.train` does, with the same arguments and result."""
+        with self.layer_skip:  # before accelerate wraps the model's forward
             return super().train(*args, **kwargs)
-        finally:
-            self.layer_skip.detach()
 
+    @override
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns a step's micro-batches, as the Trainer does; the count of them starts anew."""
+        """Return a step's micro-batches, as the Trainer does; the count of them starts anew."""
         self._micro_batch = 0
         return super().get_batch_samples(*args, **kwargs)
 
+    @override
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Runs a micro-batch, as the Trainer does, with the draws that belong to it."""
-        self.layer_skip.set_step(self.state.global_step, self._micro_batch)
+        """Run a micro-batch, as the Trainer does, with the draws that belong to it."""
+        self.layer_skip.set_step(self.state.global_step, self.state.max_steps, self._micro_batch)
         loss = super().training_step(*args, **kwargs)
         self._micro_batch += 1
         return loss
 
+    @override
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -96,7 +98,7 @@ class LayerSkipTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Computes the model's loss, as the Trainer does; in training that is the early exit loss.
+        """Compute the model's loss, as the Trainer does; in training that is the early exit loss.
 
         Args:
             model: The model, as the Trainer has wrapped it.
@@ -112,7 +114,7 @@ class LayerSkipTrainer(ResumableTrainer):
         """
         self.layer_skip.exit_losses = {}
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.layer_skip.is_attached and self.layer_skip.model.training:
+        if self.layer_skip.is_on and self.layer_skip.model.training:
             if not self.layer_skip.exit_losses:
                 raise RuntimeError(
                     "The model's forward did not come through LayerSkip, so exits had no loss; "
@@ -122,18 +124,19 @@ class LayerSkipTrainer(ResumableTrainer):
         return result
 
     def _count_exit_losses(self, num_items_in_batch: torch.Tensor | int | None) -> None:
-        """Adds up a micro-batch's losses, so that a step's sum is the mean over its tokens."""
+        """Add up a micro-batch's losses, so that a step's sum is the mean over its tokens."""
         scale = 1.0 / self.current_gradient_accumulation_steps
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             # Divided by all ranks' tokens already: the Trainer makes up for the mean over ranks.
             num_ranks = self.accelerator.num_processes // self.get_tp_size()
             scale = float(num_ranks) if self.args.average_tokens_across_devices else 1.0
         for exit_layer, loss in self.layer_skip.exit_losses.items():
-            self._exit_totals[exit_layer] += scale * loss
+            self._exit_totals[exit_layer] = self._exit_totals.get(exit_layer, 0.0) + scale * loss
             self._num_exit_steps[exit_layer] += self._micro_batch == 0
 
+    @override
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Logs as the Trainer does; a training step's entry gains the exits' losses."""
+        """Log as the Trainer does; a training step's entry gains the exits' losses."""
         if "loss" in logs and self._exit_totals:
             exit_layers = sorted(self._exit_totals)
             means = torch.stack(
@@ -154,6 +157,7 @@ class _AlreadyTrained(Exception):
 class _EndCallback(TrainerCallback):
     """Stops a training that has no steps left; the Trainer would do one more."""
 
+    @override
     def on_train_begin(
         self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
     ) -> None:
@@ -161,20 +165,8 @@ class _EndCallback(TrainerCallback):
             raise _AlreadyTrained
 
 
-class _StartCallback(TrainerCallback):
-    """Tells LayerSkip the number of steps once the Trainer knows it."""
-
-    def __init__(self, layer_skip: LayerSkip) -> None:
-        self._layer_skip = layer_skip
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
-    ) -> None:
-        self._layer_skip.start(state.max_steps)
-
-
 def check_arguments(args: TrainingArguments, others: dict[str, Any]) -> None:
-    """Checks that the Trainer's arguments leave the loss and the forward pass to LayerSkip.
+    """Check that the Trainer's arguments leave the loss and the forward pass to LayerSkip.
 
     Args:
         args: The Trainer's arguments.
@@ -191,9 +183,8 @@ def check_arguments(args: TrainingArguments, others: dict[str, Any]) -> None:
         value = getattr(args, name)
         if value != needed:
             raise ValueError(f"{name} is {value!r}; it must be {needed!r}: {reason}.")
-    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get(
-        "use_reentrant"
-    ):
+    checkpointing: Any = args.gradient_checkpointing_kwargs or {}
+    if args.gradient_checkpointing and checkpointing.get("use_reentrant"):
         raise ValueError(
             "gradient_checkpointing_kwargs has use_reentrant true, with which exits get no "
             "gradient; set it to false."

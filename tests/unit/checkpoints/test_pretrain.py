@@ -1,6 +1,5 @@
 """The checkpoint that the repository carries: how it is made, and that it is what that makes."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -66,7 +65,7 @@ def test_run_makes_the_same_weights_when_repeated(trained):
     ids=str,
 )
 def test_run_makes_other_weights_when_a_setting_is_another(trained, change):
-    assert not same_weights(trained, make_trained(dataclasses.replace(SMALL, **change)))
+    assert not same_weights(trained, make_trained(SMALL.model_copy(update=change)))
 
 
 def test_later_layers_are_scaled_copies_when_the_model_grows():
@@ -99,5 +98,5 @@ def test_checkpoint_says_how_it_drafts_and_loads_when_saved(tmp_path, trained):
 def test_carried_checkpoint_is_what_the_command_makes_by_default():
     """Its card gives the command without options."""
     report = json.loads((CHECKPOINT / "training.json").read_text())
-    out, config = parse_args(None, ["--out", str(CHECKPOINT)])
-    assert (out, dataclasses.asdict(config)) == (CHECKPOINT, report["config"])
+    out, config = parse_args(["--out", str(CHECKPOINT)])
+    assert (out, config.model_dump()) == (CHECKPOINT, report["config"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import peft
@@ -89,8 +90,8 @@ def test_each_exits_loss_is_that_of_the_truncated_model_when_all_are_on(architec
     model = make_model(architecture, lora)
     expected = {e: truncated_loss(model, e) for e in range(1, NUM_LAYERS + 1)}
 
-    layer_skip = LayerSkip(model, ALL_EXITS).attach()
-    loss = model(**make_batch()).loss
+    with LayerSkip(model, ALL_EXITS) as layer_skip:
+        loss = model(**make_batch()).loss
 
     losses = {e: exit_loss.item() for e, exit_loss in layer_skip.exit_losses.items()}
     assert losses == pytest.approx(expected, rel=1e-5)
@@ -105,28 +106,27 @@ def test_training_is_plain_to_the_bit_when_p_and_e_scale_are_zero(
     architecture, lora, is_checkpointed
 ):
     results = []
-    for is_attached in (False, True):
+    for is_on in (False, True):
         model = make_model(architecture, lora)
         if is_checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        if is_attached:
-            LayerSkip(model, LayerSkipSettings(0.0, e_scale=0.0, rotation=4)).attach()
-        loss = model(**make_batch(), num_items_in_batch=40).loss
-        loss.backward()
+        settings = LayerSkipSettings(max_drop_prob=0.0, e_scale=0.0, rotation=4)
+        with LayerSkip(model, settings) if is_on else contextlib.nullcontext():
+            loss = model(**make_batch(), num_items_in_batch=40).loss
+            loss.backward()
         results.append([loss, *(weight.grad for weight in model.parameters())])
 
-    for plain, attached in zip(*results, strict=True):
-        assert (plain is None) == (attached is None)
-        assert plain is None or torch.equal(plain, attached)
+    for plain, off in zip(*results, strict=True):
+        assert (plain is None) == (off is None)
+        assert plain is None or torch.equal(plain, off)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_last_block_has_a_gradient_when_exits_rotate(architecture, lora):
     model = make_model(architecture, lora)
-    LayerSkip(model, LayerSkipSettings(max_drop_prob=0.0, rotation=3)).attach()
-
-    model(**make_batch()).loss.backward()
+    with LayerSkip(model, LayerSkipSettings(max_drop_prob=0.0, rotation=3)):
+        model(**make_batch()).loss.backward()
 
     gradients = [weight.grad for weight in layers_of(model)[-1].parameters()]
     assert max(gradient.abs().max() for gradient in gradients if gradient is not None) > 0
@@ -144,11 +144,11 @@ def test_same_samples_are_dropped_in_both_passes_when_checkpointed(architecture,
         model = make_model(architecture, lora)
         if is_checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        layer_skip = LayerSkip(model, settings).attach()
-        layer_skip.set_step(1, micro_batch=2)
-        inputs.append([record_first_norm(layer) for layer in layers_of(model)])
-        model(**make_batch()).loss.backward()
-        gradients.append([weight.grad for weight in model.parameters()])
+        with LayerSkip(model, settings) as layer_skip:
+            layer_skip.set_step(1, num_steps=1, micro_batch=2)
+            inputs.append([record_first_norm(layer) for layer in layers_of(model)])
+            model(**make_batch()).loss.backward()
+            gradients.append([weight.grad for weight in model.parameters()])
 
     assert any(0 < len(tensors[0]) < BATCH_SIZE for tensors in inputs[0] if tensors)
     for once, twice in zip(*inputs, strict=True):
@@ -158,16 +158,15 @@ def test_same_samples_are_dropped_in_both_passes_when_checkpointed(architecture,
         torch.testing.assert_close(checkpointed, plain)
 
 
-def test_model_is_plain_when_in_eval_or_without_labels_or_detached():
+def test_model_is_plain_when_in_eval_or_after_the_with():
     model = make_model("gemma2")
     batch = make_batch()
     plain = model(**batch)
-    layer_skip = LayerSkip(model, LayerSkipSettings(0.9, "constant", rotation=2)).attach()
-    trained = model(**batch)
-
-    results = [model.eval()(**batch)]
+    settings = LayerSkipSettings(max_drop_prob=0.9, depth_schedule="constant", rotation=2)
+    with LayerSkip(model, settings):
+        trained = model(**batch)
+        results = [model.eval()(**batch)]
     model.train()
-    layer_skip.detach()
     results.append(model(**batch))
 
     assert trained.logits is None
@@ -177,18 +176,17 @@ def test_model_is_plain_when_in_eval_or_without_labels_or_detached():
     assert "forward" not in model.__dict__
 
 
-def test_forward_stays_detached_when_wrapped_by_another_in_between():
-    """As accelerate's autocast does; a second attach must not wrap it twice."""
+def test_model_is_plain_after_the_with_when_another_wrapped_its_forward():
+    """As accelerate's autocast does; a second `with` must not wrap it twice."""
     model = make_model("llama")
     plain = model(**make_batch()).loss
-    layer_skip = LayerSkip(model, ALL_EXITS).attach()
-    inner, calls = model.forward, []
-    model.forward = lambda *args, **kwargs: calls.append(1) or inner(*args, **kwargs)
+    with LayerSkip(model, ALL_EXITS) as layer_skip:
+        inner, calls = model.forward, []
+        model.forward = lambda *args, **kwargs: calls.append(1) or inner(*args, **kwargs)
 
-    layer_skip.detach()
     assert torch.equal(model(**make_batch()).loss, plain)
-    layer_skip.attach()
-    assert not torch.equal(model(**make_batch()).loss, plain)
+    with layer_skip:
+        assert not torch.equal(model(**make_batch()).loss, plain)
     assert len(layer_skip.exit_losses) == NUM_LAYERS
     assert len(calls) == 2
 
@@ -205,12 +203,12 @@ def test_replaced_forward_comes_back_when_undone():
     assert "forward" not in module.__dict__
 
 
-def test_start_raises_when_checkpointing_is_reentrant():
+def test_training_is_refused_when_checkpointing_is_reentrant():
     model = make_model("llama")
     model.gradient_checkpointing_enable({"use_reentrant": True})
 
-    with pytest.raises(ValueError, match="use_reentrant is not false"):
-        LayerSkip(model, ALL_EXITS).start(10)
+    with LayerSkip(model, ALL_EXITS), pytest.raises(ValueError, match="use_reentrant is not false"):
+        model(**make_batch())
 
 
 def test_model_is_refused_when_its_experts_have_a_loss():
@@ -227,11 +225,8 @@ def test_dropout_is_refused_when_attention_is_flex():
     from torch.nn.attention.flex_attention import create_block_mask
 
     mask = create_block_mask(lambda b, h, q, k: q >= k, BATCH_SIZE, None, 128, 128, device="cpu")
-    LayerSkip(model, LayerSkipSettings(0.5, "constant", rotation=4)).attach()
-    batch = make_batch()
-    del batch["attention_mask"]
-
-    with pytest.raises(ValueError, match="flex attention"):
+    settings = LayerSkipSettings(max_drop_prob=0.5, depth_schedule="constant", rotation=4)
+    with LayerSkip(model, settings), pytest.raises(ValueError, match="flex attention"):
         layers_of(model)[0].train()(torch.zeros(BATCH_SIZE, SEQ_LEN, 32), attention_mask=mask)
 
 
@@ -267,8 +262,8 @@ def test_loss_is_that_of_uniform_guesses_when_logits_are_capped_to_almost_nothin
     model = make_model("gemma2")
     find_decoder_parts(model).model.config.final_logit_softcapping = 1e-4
 
-    layer_skip = LayerSkip(model, ALL_EXITS).attach()
-    model(**make_batch())
+    with LayerSkip(model, ALL_EXITS) as layer_skip:
+        model(**make_batch())
 
     for exit_loss in layer_skip.exit_losses.values():
         assert exit_loss.item() == pytest.approx(math.log(VOCAB_SIZE), rel=1e-3)

@@ -10,11 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from layerskip_vllm.training.decoder import capture_layer_outputs, find_decoder_parts
 from layerskip_vllm.training.early_exit_loss import (
     EarlyExitLoss,
-    GradualCurriculum,
-    NoCurriculum,
-    RotationalCurriculum,
     exit_scales,
     exit_shares,
+    is_exit_on,
 )
 
 NUM_LAYERS, VOCAB_SIZE = 4, 32
@@ -47,10 +45,10 @@ def compute(
     model: LlamaForCausalLM, early_exit_loss: EarlyExitLoss, step: int = 0
 ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
     inputs, labels = make_batch()
-    layers = early_exit_loss.active_layers(step)
+    layers = early_exit_loss.active_layers(step, num_steps=1)
     with capture_layer_outputs(model.model.layers, layers) as outputs:
         model.model(input_ids=inputs, use_cache=False)
-    return early_exit_loss.compute(outputs, labels, step)
+    return early_exit_loss.compute(outputs, labels)
 
 
 def truncated_loss(model: LlamaForCausalLM, num_layers: int) -> float:
@@ -93,34 +91,22 @@ def test_exit_scales_are_even_when_flat():
     assert exit_scales(4, e_scale=0.5, kind="flat") == [0.5, 0.5, 0.5, 1.0]
 
 
-@pytest.mark.parametrize("e_scale", [-0.1, 1.1])
-def test_exit_scales_name_the_value_when_e_scale_is_out_of_range(e_scale):
-    with pytest.raises(ValueError, match=f"e_scale must be .*{e_scale}"):
-        exit_scales(4, e_scale)
+def exits_on(curriculum: str, num_layers: int, step: int, num_steps: int = 1, rotation: int = 1):
+    return [
+        i
+        for i in range(num_layers)
+        if is_exit_on(curriculum, i, num_layers, step, num_steps, rotation)
+    ]
 
 
-def test_exit_scales_name_the_value_when_kind_is_unknown():
-    with pytest.raises(ValueError, match=r"kind must be .*'cubic'"):
-        exit_scales(4, 0.1, kind="cubic")
-
-
-def test_rotational_curriculum_moves_up_by_one_layer_when_a_step_passes():
-    curriculum = RotationalCurriculum(10, interval=4)
-
-    active = [curriculum.active_layers(step) for step in range(5)]
+def test_rotation_moves_up_by_one_layer_when_a_step_passes():
+    active = [exits_on("rotational", 10, step, rotation=4) for step in range(5)]
 
     assert active == [[0, 4, 8, 9], [1, 5, 9], [2, 6, 9], [3, 7, 9], [0, 4, 8, 9]]
 
 
-def test_rotational_curriculum_raises_when_the_interval_is_not_positive():
-    with pytest.raises(ValueError, match=r"interval must be .*0"):
-        RotationalCurriculum(10, interval=0)
-
-
 def test_gradual_curriculum_adds_a_layer_when_t_over_2l_steps_pass():
-    curriculum = GradualCurriculum(4, num_steps=80)
-
-    assert [curriculum.active_layers(step) for step in (0, 9, 10, 19, 20, 30, 79)] == [
+    assert [exits_on("gradual", 4, step, num_steps=80) for step in (0, 9, 10, 19, 20, 30, 79)] == [
         [3],
         [3],
         [2, 3],
@@ -131,16 +117,14 @@ def test_gradual_curriculum_adds_a_layer_when_t_over_2l_steps_pass():
     ]
 
 
-def test_no_curriculum_has_all_layers_on_when_any_step():
-    assert NoCurriculum(3).active_layers(0) == NoCurriculum(3).active_layers(9) == [0, 1, 2]
+def test_all_exits_are_on_at_any_step_without_a_curriculum():
+    assert exits_on("none", 3, step=0) == exits_on("none", 3, step=9) == [0, 1, 2]
 
 
 def test_each_exits_loss_is_that_of_the_truncated_model_when_all_are_on():
     """Layer l's exit is the model with layers 0..l, the final norm and the head, and no other."""
     model = make_model()
-    early_exit_loss = EarlyExitLoss(
-        find_decoder_parts(model), exit_scales(NUM_LAYERS, 1.0, "flat"), NoCurriculum(NUM_LAYERS)
-    )
+    early_exit_loss = EarlyExitLoss(find_decoder_parts(model), exit_scales(NUM_LAYERS, 1.0, "flat"))
 
     _, losses = compute(model, early_exit_loss)
 
@@ -150,9 +134,7 @@ def test_each_exits_loss_is_that_of_the_truncated_model_when_all_are_on():
 
 def test_loss_is_the_weighted_mean_when_several_exits_are_on():
     model = make_model()
-    early_exit_loss = EarlyExitLoss(
-        find_decoder_parts(model), exit_scales(NUM_LAYERS, 0.2), NoCurriculum(NUM_LAYERS)
-    )
+    early_exit_loss = EarlyExitLoss(find_decoder_parts(model), exit_scales(NUM_LAYERS, 0.2))
 
     loss, losses = compute(model, early_exit_loss)
 
@@ -164,9 +146,7 @@ def test_loss_is_the_weighted_mean_when_several_exits_are_on():
 
 def test_loss_is_the_models_own_when_e_scale_is_zero():
     model = make_model()
-    early_exit_loss = EarlyExitLoss(
-        find_decoder_parts(model), exit_scales(NUM_LAYERS, 0.0), NoCurriculum(NUM_LAYERS)
-    )
+    early_exit_loss = EarlyExitLoss(find_decoder_parts(model), exit_scales(NUM_LAYERS, 0.0))
 
     loss, losses = compute(model, early_exit_loss)
 
@@ -174,11 +154,11 @@ def test_loss_is_the_models_own_when_e_scale_is_zero():
     assert loss.item() == pytest.approx(truncated_loss(model, NUM_LAYERS), rel=1e-5)
 
 
-@pytest.mark.parametrize("curriculum", [NoCurriculum(4), RotationalCurriculum(4, 3)])
+@pytest.mark.parametrize("curriculum", ["none", "rotational"])
 def test_last_layer_has_a_gradient_when_exits_are_on(curriculum):
     model = make_model()
     early_exit_loss = EarlyExitLoss(
-        find_decoder_parts(model), exit_scales(NUM_LAYERS, 1.0), curriculum
+        find_decoder_parts(model), exit_scales(NUM_LAYERS, 1.0), curriculum, rotation=3
     )
 
     compute(model, early_exit_loss)[0].backward()
@@ -191,7 +171,7 @@ def test_last_layer_has_a_gradient_when_exits_are_on(curriculum):
 def test_layers_above_an_exit_get_nothing_from_it_when_it_alone_counts():
     model = make_model()
     parts = find_decoder_parts(model)
-    early_exit_loss = EarlyExitLoss(parts, [0.0, 1.0, 0.0, 0.0], NoCurriculum(NUM_LAYERS))
+    early_exit_loss = EarlyExitLoss(parts, [0.0, 1.0, 0.0, 0.0])
 
     compute(model, early_exit_loss)[0].backward()
 
@@ -203,7 +183,7 @@ def last_layer_loss(model: LlamaForCausalLM, target: str, **settings: bool):
     """The loss of exit 2 of 4 and of the last layer, weighted 3 to 1."""
     scales = [0.0, 3.0, 0.0, 1.0]
     parts = find_decoder_parts(model)
-    return EarlyExitLoss(parts, scales, NoCurriculum(NUM_LAYERS), target=target, **settings)
+    return EarlyExitLoss(parts, scales, target=target, **settings)
 
 
 def test_exit_loss_is_towards_the_last_layer_when_that_is_its_target():
@@ -236,20 +216,14 @@ def test_last_layer_learns_nothing_from_its_exits_when_it_is_their_target(recomp
     assert [gradient.abs().max().item() > 0 for gradient in gradients] == [True, True, False, False]
 
 
-def test_early_exit_loss_names_the_value_when_target_is_unknown():
-    with pytest.raises(ValueError, match=r"target must be one of .*, got 'last'"):
-        last_layer_loss(make_model(), "last")
-
-
 def test_active_layers_leave_out_what_is_not_asked_for_when_exit_layers_are_given():
     early_exit_loss = EarlyExitLoss(
         find_decoder_parts(make_model()),
         exit_scales(NUM_LAYERS, 1.0, "flat"),
-        NoCurriculum(NUM_LAYERS),
         exit_layers=[1],
     )
 
-    assert early_exit_loss.active_layers(0) == [1, 3]
+    assert early_exit_loss.active_layers(0, num_steps=1) == [1, 3]
 
 
 def test_gradients_are_equal_when_logits_are_recomputed():
@@ -259,7 +233,6 @@ def test_gradients_are_equal_when_logits_are_recomputed():
         early_exit_loss = EarlyExitLoss(
             find_decoder_parts(model),
             exit_scales(NUM_LAYERS, 1.0),
-            NoCurriculum(NUM_LAYERS),
             recompute_logits=recompute_logits,
         )
         compute(model, early_exit_loss)[0].backward()
@@ -274,7 +247,7 @@ def test_logits_are_not_kept_for_the_backward_pass_when_recomputed():
         model = make_model()
         parts = find_decoder_parts(model)
         early_exit_loss = EarlyExitLoss(
-            parts, [1.0] * NUM_LAYERS, NoCurriculum(NUM_LAYERS), recompute_logits=recompute_logits
+            parts, [1.0] * NUM_LAYERS, recompute_logits=recompute_logits
         )
         saved: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(
@@ -302,18 +275,16 @@ def test_capture_removes_its_hooks_when_done():
 
 def test_loss_is_divided_by_the_labels_of_all_micro_batches_when_their_number_is_given():
     model = make_model()
-    early_exit_loss = EarlyExitLoss(
-        find_decoder_parts(model), exit_scales(NUM_LAYERS, 1.0), NoCurriculum(NUM_LAYERS)
-    )
+    early_exit_loss = EarlyExitLoss(find_decoder_parts(model), exit_scales(NUM_LAYERS, 1.0))
     inputs, labels = make_batch()
     with capture_layer_outputs(model.model.layers, range(NUM_LAYERS)) as outputs:
         model.model(input_ids=inputs, use_cache=False)
 
-    whole, _ = early_exit_loss.compute(outputs, labels, step=0)
+    whole, _ = early_exit_loss.compute(outputs, labels)
     num_labels = (labels != -100).sum()
     halves = [
         early_exit_loss.compute(
-            {i: output[rows] for i, output in outputs.items()}, labels[rows], 0, num_labels
+            {i: output[rows] for i, output in outputs.items()}, labels[rows], num_labels
         )[0]
         for rows in (slice(0, 1), slice(1, 3))
     ]

@@ -9,7 +9,6 @@ from layerskip_vllm.training import exit_head
 from layerskip_vllm.training.exit_evaluation import (
     complete_greedily,
     exit_matches,
-    held_out_exit_losses,
     measure_held_out,
     simulate_acceptance,
 )
@@ -136,7 +135,7 @@ def test_held_out_losses_are_the_models_own_when_of_the_last_layer(model):
         logits = model(inputs, use_cache=False).logits
     expected = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
 
-    losses = held_out_exit_losses(model, token_ids, seq_len=8, batch_size=3)
+    losses = measure_held_out(model, token_ids.unfold(0, 9, 8), batch_size=3).losses
 
     assert len(losses) == NUM_LAYERS
     assert losses[-1] == pytest.approx(expected, rel=1e-5)

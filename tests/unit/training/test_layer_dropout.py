@@ -1,13 +1,16 @@
 """Layer dropout against the paper's formulas and against a loop over single samples."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from layerskip_vllm.checkpoint.validation import parse
 from layerskip_vllm.training.layer_dropout import (
     LayerDropout,
-    LayerDropoutConfig,
+    LayerDropoutSettings,
     depth_factor,
     time_factor,
 )
@@ -84,23 +87,26 @@ def test_time_factor_follows_its_schedule_when_start_middle_end(schedule, expect
 
 
 def test_drop_prob_is_the_product_of_both_schedules_when_both_vary():
-    config = LayerDropoutConfig(max_prob=0.2, depth_schedule="linear", time_schedule="decreasing")
-    dropout = LayerDropout([nn.Identity() for _ in range(5)], config, num_steps=11)
+    config = LayerDropoutSettings(
+        max_drop_prob=0.2, depth_schedule="linear", time_schedule="decreasing"
+    )
+    dropout = LayerDropout([nn.Identity() for _ in range(5)], config)
 
-    dropout.set_step(4)
+    dropout.set_step(4, num_steps=11)
 
     assert dropout.drop_prob(3) == pytest.approx(0.2 * 0.75 * 0.6)
 
 
 def test_logits_and_gradients_are_equal_to_the_bit_when_prob_is_zero():
     results = []
-    for is_attached in (False, True):
+    for is_on in (False, True):
         model = make_model()
-        if is_attached:
-            config = LayerDropoutConfig(max_prob=0.0, rescale=True)
-            LayerDropout(model.model.layers, config, num_steps=1).attach()
-        logits = model(**make_batch(), use_cache=False).logits
-        logits.square().mean().backward()
+        dropout = LayerDropout(
+            model.model.layers, LayerDropoutSettings(max_drop_prob=0.0, rescale=True)
+        )
+        with dropout if is_on else contextlib.nullcontext():
+            logits = model(**make_batch(), use_cache=False).logits
+            logits.square().mean().backward()
         results.append([logits, *(weight.grad for weight in model.parameters())])
 
     assert all(torch.equal(plain, dropped) for plain, dropped in zip(*results, strict=True))
@@ -109,33 +115,30 @@ def test_logits_and_gradients_are_equal_to_the_bit_when_prob_is_zero():
 def test_logits_are_equal_to_the_bit_when_in_eval():
     model = make_model().eval()
     plain = model(**make_batch(), use_cache=False).logits
-    config = LayerDropoutConfig(max_prob=0.9, depth_schedule="constant")
+    config = LayerDropoutSettings(max_drop_prob=0.9, depth_schedule="constant")
 
-    LayerDropout(model.model.layers, config, num_steps=1).attach()
+    with LayerDropout(model.model.layers, config):
+        assert torch.equal(model(**make_batch(), use_cache=False).logits, plain)
 
-    assert torch.equal(model(**make_batch(), use_cache=False).logits, plain)
 
-
-def test_logits_are_plain_again_when_detached():
+def test_logits_are_plain_again_after_the_with():
     model = make_model()
     plain = model(**make_batch(), use_cache=False).logits
-    config = LayerDropoutConfig(max_prob=0.9, depth_schedule="constant")
-    dropout = LayerDropout(model.model.layers, config, num_steps=1).attach()
-    dropped = model(**make_batch(), use_cache=False).logits
-
-    dropout.detach()
+    config = LayerDropoutSettings(max_drop_prob=0.9, depth_schedule="constant")
+    with LayerDropout(model.model.layers, config):
+        dropped = model(**make_batch(), use_cache=False).logits
 
     assert not torch.equal(dropped, plain)
     assert torch.equal(model(**make_batch(), use_cache=False).logits, plain)
 
 
 def test_samples_are_unchanged_when_dropped():
-    config = LayerDropoutConfig(max_prob=0.5, depth_schedule="constant")
+    config = LayerDropoutSettings(max_drop_prob=0.5, depth_schedule="constant")
     layer = Doubling()
-    dropout = LayerDropout([layer], config, num_steps=1).attach()
     hidden_states = torch.arange(1.0, 17.0).reshape(8, 1, 2)
 
-    output = layer(hidden_states)
+    with LayerDropout([layer], config) as dropout:
+        output = layer(hidden_states)
 
     kept = dropout.kept_samples(0, 8).tolist()
     assert 0 < len(kept) < 8
@@ -145,12 +148,10 @@ def test_samples_are_unchanged_when_dropped():
 
 
 def test_kept_samples_are_scaled_by_the_keep_probability_when_rescaled():
-    config = LayerDropoutConfig(max_prob=0.75, depth_schedule="constant", rescale=True)
+    config = LayerDropoutSettings(max_drop_prob=0.75, depth_schedule="constant", rescale=True)
     layer = Doubling()
-    dropout = LayerDropout([layer], config, num_steps=1).attach()
-    hidden_states = torch.ones(16, 1, 1)
-
-    output = layer(hidden_states).flatten()
+    with LayerDropout([layer], config) as dropout:
+        output = layer(torch.ones(16, 1, 1)).flatten()
 
     kept = dropout.kept_samples(0, 16)
     assert 0 < len(kept) < 16
@@ -160,23 +161,22 @@ def test_kept_samples_are_scaled_by_the_keep_probability_when_rescaled():
 
 
 def test_every_sample_is_scaled_when_rescaled_and_all_are_kept(monkeypatch):
-    config = LayerDropoutConfig(max_prob=0.5, depth_schedule="constant", rescale=True)
+    config = LayerDropoutSettings(max_drop_prob=0.5, depth_schedule="constant", rescale=True)
     layer = Doubling()
-    dropout = LayerDropout([layer], config, num_steps=1)
+    dropout = LayerDropout([layer], config)
     monkeypatch.setattr(
         dropout, "kept_samples", lambda _layer, batch_size: torch.arange(batch_size)
     )
-    dropout.attach()
-
-    assert layer(torch.ones(3, 1, 1)).flatten().tolist() == [3.0, 3.0, 3.0]
+    with dropout:
+        assert layer(torch.ones(3, 1, 1)).flatten().tolist() == [3.0, 3.0, 3.0]
 
 
 def test_batch_equals_samples_run_alone_when_masks_and_positions_differ():
     """The oracle runs one sample at a time through the layers that kept it, and no others."""
-    config = LayerDropoutConfig(max_prob=0.5, depth_schedule="constant")
+    config = LayerDropoutSettings(max_drop_prob=0.5, depth_schedule="constant")
     model = make_model()
     batch = make_batch()
-    dropout = LayerDropout(model.model.layers, config, num_steps=1)
+    dropout = LayerDropout(model.model.layers, config)
     kept = [dropout.kept_samples(i, BATCH_SIZE).tolist() for i in range(NUM_LAYERS)]
     assert all(0 < len(samples) < BATCH_SIZE for samples in kept)
     all_layers = model.model.layers
@@ -188,8 +188,8 @@ def test_batch_equals_samples_run_alone_when_masks_and_positions_differ():
         expected.append(model(**rows, use_cache=False).logits)
     model.model.layers = all_layers
 
-    dropout.attach()
-    logits = model(**batch, use_cache=False).logits
+    with dropout:
+        logits = model(**batch, use_cache=False).logits
 
     is_token = batch["attention_mask"].bool()
     torch.testing.assert_close(logits[is_token], torch.cat(expected)[is_token])
@@ -197,9 +197,9 @@ def test_batch_equals_samples_run_alone_when_masks_and_positions_differ():
 
 def test_draws_depend_on_seed_step_micro_batch_and_layer_and_repeat_when_asked_again():
     def draw(seed: int = 0, step: int = 0, micro_batch: int = 0, layer_idx: int = 0) -> list[int]:
-        config = LayerDropoutConfig(max_prob=0.5, depth_schedule="constant", seed=seed)
-        dropout = LayerDropout([nn.Identity()] * 2, config, num_steps=10)
-        dropout.set_step(step, micro_batch)
+        config = LayerDropoutSettings(max_drop_prob=0.5, depth_schedule="constant", seed=seed)
+        dropout = LayerDropout([nn.Identity()] * 2, config)
+        dropout.set_step(step, 10, micro_batch)
         return dropout.kept_samples(layer_idx, 64).tolist()
 
     draws = [draw(), draw(seed=1), draw(step=1), draw(micro_batch=1), draw(layer_idx=1)]
@@ -210,11 +210,11 @@ def test_draws_depend_on_seed_step_micro_batch_and_layer_and_repeat_when_asked_a
 
 def test_share_of_dropped_samples_is_the_probability_when_many_are_drawn():
     """False alarm below 1e-6: five standard deviations of 32,000 draws are 0.011."""
-    config = LayerDropoutConfig(max_prob=0.2, depth_schedule="constant")
-    dropout = LayerDropout([nn.Identity()], config, num_steps=500)
+    config = LayerDropoutSettings(max_drop_prob=0.2, depth_schedule="constant")
+    dropout = LayerDropout([nn.Identity()], config)
     num_kept = 0
     for step in range(500):
-        dropout.set_step(step)
+        dropout.set_step(step, num_steps=500)
         num_kept += len(dropout.kept_samples(0, 64))
 
     assert 1 - num_kept / 32_000 == pytest.approx(0.2, abs=0.0112)
@@ -224,12 +224,12 @@ def test_gradients_are_equal_when_activations_are_checkpointed():
     results = []
     for is_checkpointed in (False, True):
         model = make_model()
-        config = LayerDropoutConfig(max_prob=0.5, depth_schedule="constant")
-        LayerDropout(model.model.layers, config, num_steps=1).attach()
-        if is_checkpointed:
-            model.gradient_checkpointing_enable()
-        model(**make_batch(), use_cache=False).logits.square().mean().backward()
-        results.append([weight.grad for weight in model.parameters()])
+        config = LayerDropoutSettings(max_drop_prob=0.5, depth_schedule="constant")
+        with LayerDropout(model.model.layers, config):
+            if is_checkpointed:
+                model.gradient_checkpointing_enable()
+            model(**make_batch(), use_cache=False).logits.square().mean().backward()
+            results.append([weight.grad for weight in model.parameters()])
 
     for plain, checkpointed in zip(*results, strict=True):
         torch.testing.assert_close(checkpointed, plain)
@@ -237,16 +237,15 @@ def test_gradients_are_equal_when_activations_are_checkpointed():
 
 def test_layer_gets_no_gradient_when_it_was_dropped_for_every_sample(monkeypatch):
     model = make_model()
-    config = LayerDropoutConfig(max_prob=0.5, depth_schedule="constant")
-    dropout = LayerDropout(model.model.layers, config, num_steps=1)
+    config = LayerDropoutSettings(max_drop_prob=0.5, depth_schedule="constant")
+    dropout = LayerDropout(model.model.layers, config)
     monkeypatch.setattr(
         dropout,
         "kept_samples",
         lambda layer_idx, batch_size: torch.arange(0 if layer_idx == 2 else batch_size),
     )
-    dropout.attach()
-
-    model(**make_batch(), use_cache=False).logits.sum().backward()
+    with dropout:
+        model(**make_batch(), use_cache=False).logits.sum().backward()
 
     has_gradient = [layer.mlp.up_proj.weight.grad is not None for layer in model.model.layers]
     assert has_gradient == [True, True, False, True]
@@ -254,10 +253,11 @@ def test_layer_gets_no_gradient_when_it_was_dropped_for_every_sample(monkeypatch
 
 def test_forward_raises_when_a_kv_cache_is_in_use():
     model = make_model()
-    config = LayerDropoutConfig(max_prob=0.5, depth_schedule="constant")
-    LayerDropout(model.model.layers, config, num_steps=1).attach()
-
-    with pytest.raises(ValueError, match="use_cache=False"):
+    config = LayerDropoutSettings(max_drop_prob=0.5, depth_schedule="constant")
+    with (
+        LayerDropout(model.model.layers, config),
+        pytest.raises(ValueError, match="use_cache=False"),
+    ):
         model(**make_batch(), use_cache=True)
 
 
@@ -267,29 +267,29 @@ def test_forward_raises_when_a_layer_returns_more_than_hidden_states():
             return hidden_states, None
 
     layer = Pair()
-    config = LayerDropoutConfig(max_prob=0.5, depth_schedule="constant")
-    LayerDropout([layer], config, num_steps=1).attach()
-
-    with pytest.raises(TypeError, match="Pair returned tuple"):
+    config = LayerDropoutSettings(max_drop_prob=0.5, depth_schedule="constant")
+    with LayerDropout([layer], config), pytest.raises(TypeError, match="Pair returned tuple"):
         layer(torch.ones(8, 1, 1))
 
 
-def test_attach_raises_when_attached_already():
-    dropout = LayerDropout([Doubling()], LayerDropoutConfig(), num_steps=1).attach()
-
-    with pytest.raises(RuntimeError, match="attached already"):
-        dropout.attach()
+def test_dropout_is_refused_when_it_is_on_already():
+    with (
+        LayerDropout([Doubling()], LayerDropoutSettings()) as dropout,
+        pytest.raises(RuntimeError, match="is on already"),
+        dropout,
+    ):
+        pass
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max_prob", 1.0),
-        ("max_prob", -0.1),
+        ("max_drop_prob", 1.0),
+        ("max_drop_prob", -0.1),
         ("depth_schedule", "quadratic"),
         ("time_schedule", "linear"),
     ],
 )
 def test_config_names_the_field_and_value_when_invalid(field, value):
-    with pytest.raises(ValueError, match=f"{field} must be .*{value}"):
-        LayerDropoutConfig(**{field: value})
+    with pytest.raises(ValueError, match=f"^{field} is .*{value}.*; it must be"):
+        parse(LayerDropoutSettings, {field: value})

@@ -2,15 +2,20 @@
 
 import pytest
 
+from layerskip_vllm.checkpoint.validation import parse
 from layerskip_vllm.training.settings import LayerSkipSettings
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("max_drop_prob", 1.0, "max_drop_prob is 1.0; it must be at least 0 and below 1"),
+        (
+            "max_drop_prob",
+            1.0,
+            "max_drop_prob is 1.0; it must be a number of at least 0 and below 1",
+        ),
         ("max_drop_prob", -0.1, "max_drop_prob is -0.1"),
-        ("e_scale", 1.5, "e_scale is 1.5; it must be from 0 to 1"),
+        ("e_scale", 1.5, "e_scale is 1.5; it must be a number from 0 to 1"),
         ("depth_schedule", "cubic", "depth_schedule is 'cubic'; it must be one of exponential"),
         ("time_schedule", "linear", "time_schedule is 'linear'"),
         ("exit_scale", "linear", "exit_scale is 'linear'; it must be one of sum, flat"),
@@ -20,11 +25,17 @@ from layerskip_vllm.training.settings import LayerSkipSettings
         ("num_speculative_tokens", 0, "num_speculative_tokens is 0"),
         ("exit_layers", (1, 2), "exit_layers has 1, whose weight is 0"),
         ("exit_layer", 1, "exit_layer is 1, whose weight is 0 with exit_scale sum"),
+        # And values of another type.
+        ("e_scale", -0.1, "e_scale is -0.1; it must be a number from 0 to 1"),
+        ("e_scale", "0.1", "e_scale is '0.1'; it must be a number from 0 to 1"),
+        ("exit_scale", "cubic", "exit_scale is 'cubic'; it must be one of sum, flat"),
+        ("rotation", True, "rotation is True; it must be an integer of at least 1"),
+        ("exit_layers", ["2"], r"exit_layers\[0\] is '2'; it must be an integer"),
     ],
 )
 def test_settings_name_the_field_and_value_when_out_of_range(field, value, message):
-    with pytest.raises(ValueError, match=message):
-        LayerSkipSettings(**{field: value})
+    with pytest.raises(ValueError, match=f"^{message}"):
+        parse(LayerSkipSettings, {field: value})
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,9 @@ def test_logs_have_each_exits_mean_over_its_own_steps_when_logged_less_often(tmp
 
 
 def test_gradual_curriculum_knows_the_length_of_the_training(tmp_path):
-    settings = LayerSkipSettings(0.0, e_scale=1.0, exit_scale="flat", curriculum="gradual")
+    settings = LayerSkipSettings(
+        max_drop_prob=0.0, e_scale=1.0, exit_scale="flat", curriculum="gradual"
+    )
     trainer = make_trainer(tmp_path, settings, max_steps=8)
     trainer.train()
 
@@ -165,7 +167,9 @@ def test_layer_dropout_knows_the_length_of_the_training(tmp_path, monkeypatch):
         return prob
 
     monkeypatch.setattr(LayerDropout, "drop_prob", record)
-    settings = LayerSkipSettings(0.5, time_schedule="decreasing", e_scale=0.0, rotation=4)
+    settings = LayerSkipSettings(
+        max_drop_prob=0.5, time_schedule="decreasing", e_scale=0.0, rotation=4
+    )
     make_trainer(tmp_path, settings, max_steps=6).train()
 
     # By step, without repetitions: a layer asks more than once.
@@ -202,7 +206,12 @@ def test_micro_batches_have_draws_of_their_own_when_accumulated(tmp_path, monkey
 
     trainer.train()
 
-    assert steps == [(0, 0), (0, 1), (0, 2), (1, 0)]  # 16 rows are 4 micro-batches: 3 and 1
+    assert steps == [
+        (0, 2, 0),
+        (0, 2, 1),
+        (0, 2, 2),
+        (1, 2, 0),
+    ]  # 16 rows are 4 micro-batches: 3 and 1
 
 
 def test_evaluation_is_the_plain_models_when_training(tmp_path):
@@ -230,7 +239,11 @@ class Steps(transformers.TrainerCallback):
 def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, curriculum):
     """The run is stopped in an epoch, in a turn of the curriculum and between two checkpoints."""
     settings = LayerSkipSettings(
-        0.5, time_schedule="exponential", e_scale=1.0, rotation=3, curriculum=curriculum
+        max_drop_prob=0.5,
+        time_schedule="exponential",
+        e_scale=1.0,
+        rotation=3,
+        curriculum=curriculum,
     )
     arguments = {"save_strategy": "steps", "save_steps": 5, "max_steps": 14}
 
@@ -347,7 +360,7 @@ def test_trainer_refuses_settings_that_do_not_fit_the_model(tmp_path):
         make_trainer(tmp_path, LayerSkipSettings())
 
 
-EXITS_ALONE = LayerSkipSettings(0.0, e_scale=1.0, rotation=3)
+EXITS_ALONE = LayerSkipSettings(max_drop_prob=0.0, e_scale=1.0, rotation=3)
 ADAPTER = ExitAdapterSettings(rank=8, exit_layer=2)
 FSDP = {
     "fsdp": True,
@@ -362,7 +375,7 @@ def train_on_two_ranks(path: Path) -> None:
     """What each rank of the test below runs."""
     half = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     single = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
-    often = LayerSkipSettings(0.8, "constant", e_scale=1.0, rotation=3)
+    often = LayerSkipSettings(max_drop_prob=0.8, depth_schedule="constant", e_scale=1.0, rotation=3)
     saved = {"save_strategy": "steps", "save_steps": 4}
     trainers = {
         "ddp": make_trainer(path / "ddp", EXITS_ALONE, **half),
