@@ -1,4 +1,4 @@
-"""The few places where this plugin changes vLLM, checked before any is touched.
+"""How vLLM is changed: everything that the plugin relies on is checked before anything is touched.
 
 `plugin.register` calls `install` in the API server, the engine core and every worker. A hook is
 checked against vLLM's source without importing it, armed, and applied when its module is imported,
@@ -7,53 +7,135 @@ so that a process imports only what it needs itself.
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import importlib.util
+import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 import wrapt
 
-SUPPORTED_VLLM_VERSIONS = ("0.32.0",)
+from layerskip_vllm.hooks.vllm_source import (
+    ANY,
+    SUPPORTED_VLLM_VERSIONS,
+    DigestTable,
+    find_file,
+    source_digest,
+)
 
 HookState = Literal["not installed", "armed", "applied", "refused"]
+Replace = Callable[[Any], Any]
 
 
 class HookError(RuntimeError):
     """vLLM is not the one that the hooks were written for."""
 
 
-@dataclass(frozen=True)
-class Hook:
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What the plugin does with something in vLLM that is not promised to stay: the ledger's entry.
+
+    The ledger in `patches/README.md` and the digests are made from it by `scripts/ledger.py`.
+
+    Attributes:
+        why: One line, also for `layerskip-vllm doctor`.
+        reason: What more there is to say of that, for the ledger.
+        process: The processes that it happens in.
+        how: What is done.
+        relies_on: What of vLLM's source that depends on, by `module:qualified.name`.
+        upstream: Where vLLM's developers discuss it.
+        remove_when: What would make it superfluous.
+    """
+
+    why: str
+    reason: str = ""
+    process: str
+    how: str
+    relies_on: tuple[str, ...] = ()
+    upstream: str = "none"
+    remove_when: str
+
+    @property
+    def name(self) -> str:
+        """What the ledger and the digests know it by."""
+        raise NotImplementedError
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that its own text says it relies on."""
+        return self.relies_on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hook(Entry):
     """One attribute of vLLM that is replaced.
 
     Attributes:
         target: What is replaced, as `module:qualified.name`.
         replace: Takes the original and returns what stands in its place; the original is None
             where the attribute is new.
-        relies_on: Digests (`source_digest`) of the vLLM functions whose behaviour the replacement
-            depends on, by `module:qualified.name`. The target's own definition is among them
-            unless it is new.
-        why: One line for the ledger in `patches/README.md` and for `layerskip-vllm doctor`.
+        defined_in: The module that defines the target, where its own only imports it.
         is_new: Whether vLLM itself must not define the target.
     """
 
     target: str
-    replace: Callable[[Any], Any]
-    relies_on: Mapping[str, str]
-    why: str
+    replace: Replace
+    defined_in: str = ""
     is_new: bool = False
 
     @property
+    def name(self) -> str:
+        """The target."""
+        return self.target
+
+    @property
     def module(self) -> str:
-        """The module that the target lives in."""
+        """The module that the target is replaced in."""
         return self.target.partition(":")[0]
+
+    @property
+    def definition(self) -> str:
+        """The target by the module that defines it."""
+        module, _, qualname = self.target.partition(":")
+        return f"{self.defined_in or module}:{qualname}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The target as it is, unless it is new, and what else is relied on."""
+        return self.relies_on if self.is_new else (self.definition, *self.relies_on)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use(Entry):
+    """A module of this package that extends, calls or sets what vLLM keeps to itself.
+
+    Attributes:
+        module: The module. What it imports from vLLM, and what its classes override and call of
+            vLLM's, is under a digest too: `scripts/ledger.py` reads it from the code.
+    """
+
+    module: str
+
+    @property
+    def name(self) -> str:
+        """The module."""
+        return self.module
+
+
+def hook(table: list[Hook], **fields: Any) -> Callable[[Replace], Replace]:
+    """Put a hook in `table` whose replacement the decorated function makes.
+
+    Args:
+        table: The hooks that it belongs to.
+        **fields: Those of `Hook`; its `how` is the function's docstring.
+    """
+
+    def add(replace: Replace) -> Replace:
+        table.append(Hook(replace=replace, how=inspect.getdoc(replace) or "", **fields))
+        return replace
+
+    return add
 
 
 _states: dict[str, HookState] = {}
@@ -83,21 +165,27 @@ def check_version(version: str, is_check_skipped: bool = False) -> None:
     )
 
 
-def install(hooks: Sequence[Hook]) -> None:
-    """Check all of `hooks`, then arm them; a second call does nothing.
+def install(entries: Sequence[Entry], digests: DigestTable) -> None:
+    """Check all of `entries`, then arm the hooks among them; a second call does nothing.
 
     A hook whose module is imported already is applied at once, the others on import.
 
     Args:
-        hooks: All that the plugin needs.
+        entries: All that the plugin does with this vLLM.
+        digests: What its source must be.
 
     Raises:
-        HookError: If a target or something it relies on is missing, changed or already patched;
+        HookError: If a target or something relied on is missing, changed or already patched;
             nothing is hooked then. A target that is found patched only when its module is imported
             makes that import, and every later one, fail in the same way.
     """
+    needed = [entry for entry in entries if is_needed(entry, digests)]
+    hooks = [entry for entry in needed if isinstance(entry, Hook)]
     pending = [hook for hook in hooks if hook_state(hook) in ("not installed", "refused")]
-    problems = [problem for hook in pending for problem in check(hook)]
+    if hooks and not pending:
+        return
+    found = (problem for entry in needed for problem in check(entry, digests))
+    problems = list(dict.fromkeys(found))  # several rely on the same
     if problems:
         for hook in pending:
             _states[hook.target] = "refused"
@@ -112,62 +200,38 @@ def _arm(module: str, hooks: Sequence[Hook]) -> None:
     wrapt.when_imported(module)(lambda imported: _apply(hooks, imported))
 
 
-def check(hook: Hook) -> list[str]:
-    """Return what is wrong with vLLM for `hook`, without importing anything; [] if nothing.
+def is_needed(entry: Entry, digests: DigestTable) -> bool:
+    """Tell whether an entry of the ledger applies to the vLLM that `digests` is of."""
+    return digests.get(entry.name, {}) is not None
 
-    The source on disk is checked, and the target itself where its module is imported already.
+
+def check(entry: Entry, digests: DigestTable) -> list[str]:
+    """Return what is wrong with vLLM for `entry`, without importing anything; [] if nothing.
+
+    The source on disk is checked, and a hook's target itself where its module is imported already.
     """
+    expected = digests.get(entry.name)
+    if expected is None:
+        return [f"there are no digests of what {entry.name} relies on"]
     problems = []
-    for name, digest in hook.relies_on.items():
+    for name, digest in expected.items():
         found = source_digest(name)
         if found is None:
-            problems.append(f"{name} is missing (needed by the hook on {hook.target})")
-        elif found != digest:
+            needed_by = f"the hook on {entry.name}" if isinstance(entry, Hook) else entry.name
+            problems.append(f"{name} is missing (needed by {needed_by})")
+        elif digest not in (found, ANY):
             problems.append(f"{name} has changed: source digest {found}, expected {digest}")
+    return problems + _check_target(entry, problems) if isinstance(entry, Hook) else problems
+
+
+def _check_target(hook: Hook, problems: list[str]) -> list[str]:
+    """Check a new target's absence and, if nothing is wrong yet, an imported one itself."""
     if hook.is_new and source_digest(hook.target) is not None:
-        problems.append(f"{hook.target} exists, but this version of the plugin expects it not to")
+        return [f"{hook.target} exists, but this version of the plugin expects it not to"]
     module = sys.modules.get(hook.module)
-    if module is not None and not problems and hook_state(hook) != "applied":
-        problems += _check_live(hook, module)
-    return problems
-
-
-def source_digest(name: str) -> str | None:
-    """Digest the source of a function or class as it stands on disk.
-
-    Args:
-        name: `module:qualified.name`.
-
-    Returns:
-        The first 16 hex digits of the SHA-256 of its source lines, None if it does not exist.
-    """
-    module, _, qualname = name.partition(":")
-    nodes = _definitions(module)
-    return None if nodes is None else nodes.get(qualname)
-
-
-@cache
-def _definitions(module: str) -> dict[str, str] | None:
-    """Digests of all functions and classes of `module` by qualified name; None without source."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        return None
-    if spec is None or spec.origin is None:
-        return None
-    source = Path(spec.origin).read_text(encoding="utf-8")
-    lines = source.splitlines()
-    digests = {}
-
-    def visit(node: ast.AST, prefix: str) -> None:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                text = "\n".join(lines[child.lineno - 1 : child.end_lineno])
-                digests[prefix + child.name] = hashlib.sha256(text.encode()).hexdigest()[:16]
-                visit(child, f"{prefix}{child.name}.")
-
-    visit(ast.parse(source), "")
-    return digests
+    if module is None or problems or hook_state(hook) == "applied":
+        return []
+    return _check_live(hook, module)
 
 
 def _apply(hooks: Sequence[Hook], module: ModuleType) -> None:
@@ -188,7 +252,7 @@ def _apply(hooks: Sequence[Hook], module: ModuleType) -> None:
 
 
 def _owner_of(hook: Hook, module: ModuleType) -> tuple[Any, str]:
-    """What holds the target, the module or a class in it, and the target's name there."""
+    """Return what holds the target, the module or a class in it, and the target's name there."""
     *path, attribute = hook.target.partition(":")[2].split(".")
     owner: Any = module
     for name in path:
@@ -208,20 +272,13 @@ def _check_live(hook: Hook, module: ModuleType) -> list[str]:
         function = _plain(original)
         code = getattr(function, "__code__", None)
         is_wrapped = hasattr(function, "__wrapped__")
-        is_untouched = code is not None and not is_wrapped and code.co_filename == _home(hook)
+        home = str(find_file(hook.definition.partition(":")[0]))
+        is_untouched = code is not None and not is_wrapped and code.co_filename == home
     return [] if is_untouched else [f"{hook.target} is already patched, by {_describe(original)}"]
 
 
-def _home(hook: Hook) -> str | None:
-    """The file that defines the target; a target may be another module's name for it."""
-    qualname = hook.target.partition(":")[2]
-    definition = next(name for name in hook.relies_on if name.endswith(f":{qualname}"))
-    spec = importlib.util.find_spec(definition.partition(":")[0])
-    return spec.origin if spec else None
-
-
 def _plain(attribute: Any) -> Any:
-    """The function inside a staticmethod or classmethod."""
+    """Return the function inside a staticmethod or classmethod."""
     return getattr(attribute, "__func__", attribute)
 
 

@@ -1,15 +1,17 @@
-"""The hooks: what they put in the place of vLLM's functions, and what they rely on.
+"""The hooks that make layerskip a speculative method of vLLM, one place each.
 
-`plugin` installs them; `patches/README.md` is their ledger.
+`plugin` installs them. Where vLLM has a registry of methods (`patches/vllm-*.diff`), `register`
+gives it the same functions in their stead.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from layerskip_vllm.hooks import method
-from layerskip_vllm.hooks.install import Hook
+from layerskip_vllm.config.flags import METHOD, add_speculative_flags, fold_settings, is_layerskip
+from layerskip_vllm.hooks import install
 
 if TYPE_CHECKING:
     import argparse
@@ -20,42 +22,108 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from layerskip_vllm.drafting.proposer import LayerSkipProposer
+    from layerskip_vllm.drafting.speculator import LayerSkipSpeculator
+
+REGISTRY = "vllm.v1.spec_decode.registry"
+METHOD_HOOKS: list[install.Hook] = []
+
+_hook = functools.partial(install.hook, METHOD_HOOKS)
+
+_ARGS = "vllm.engine.arg_utils:EngineArgs"
+_PARAMS = "vllm.sampling_params:SamplingParams"
+_METRICS = "vllm.v1.metrics.loggers:PrometheusStatLogger"
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_ASYNC_SCHEDULER = "vllm.v1.core.sched.async_scheduler:AsyncScheduler"
+_V1_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_V1_DRAFT = "vllm.v1.spec_decode.draft_model:DraftModelProposer"
+_V2_RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 
 
-def _hook_create_speculative_config(original: Any) -> Any:
+@_hook(
+    target=f"{_ARGS}.create_speculative_config",
+    why='`{"method": "layerskip"}` and `{"model": "layerskip"}` make a `LayerSkipConfig`',
+    reason="vLLM's `SpeculativeConfig` takes its methods from a closed list and looks for a draft "
+    "checkpoint.",
+    process="whichever reads the engine arguments: the API server, the one that makes an `LLM`, a "
+    "Ray actor",
+    upstream="[vllm#36219](https://github.com/vllm-project/vllm/issues/36219), open",
+    remove_when="speculative methods can be registered; `create_config` of the registry in the "
+    "diff",
+)
+def _create_speculative_config(original: Any) -> Any:
+    """Wrap it: arguments that do not name layerskip go to the original unchanged."""
+
     @functools.wraps(original)
     def create_speculative_config(
         self: EngineArgs, target_model_config: ModelConfig, target_parallel_config: ParallelConfig
     ) -> SpeculativeConfig | None:
-        from layerskip_vllm.config.flags import is_layerskip
+        create = original
+        if is_layerskip(self):
+            from layerskip_vllm.config.speculative import create_layerskip_config
 
-        create = method.create_config if is_layerskip(self) else original
-        return create(self, target_model_config, target_parallel_config)
+            create = create_layerskip_config
+        config: SpeculativeConfig | None = create(self, target_model_config, target_parallel_config)
+        return config
 
     return create_speculative_config
 
 
-def _hook_add_cli_args(original: Any) -> Any:
+@_hook(
+    target=f"{_ARGS}.add_cli_args",
+    why="the flags `--speculative-model`, `--num-speculative-tokens` and layerskip's own",
+    reason="Those are `--spec-exit-layer` and `--spec-exit-adapter`; and `layerskip` is among the "
+    "choices of `--spec-method`.",
+    process="the one that parses the command line",
+    upstream="none; vLLM lets plugins extend its parser only by platform",
+    remove_when="a registered method can bring flags; `add_cli_args` of the registry in the diff",
+)
+def _add_cli_args(original: Any) -> Any:
+    """Wrap it: the original fills the parser, then the flags are added."""
     function = original.__func__
 
     @functools.wraps(function)
-    def add_all_cli_args(parser: Any) -> Any:
-        return method.add_cli_args(function(parser))
+    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return add_speculative_flags(function(parser))
 
-    return staticmethod(add_all_cli_args)
+    return staticmethod(add_cli_args)
 
 
-def _hook_from_cli_args(original: Any) -> Any:
+@_hook(
+    target=f"{_ARGS}.from_cli_args",
+    why="`--spec-exit-layer` and `--spec-exit-adapter` reach the speculative config",
+    reason="`EngineArgs` has no fields for them.",
+    process="the one that parses the command line",
+    remove_when="a registered method can bring flags; `fold_cli_args` of the registry in the diff",
+)
+def _from_cli_args(original: Any) -> Any:
+    """Wrap it: move the flags' values into `speculative_config`, then call the original."""
     function = original.__func__
 
     @functools.wraps(function)
-    def from_cli_args(cls: Any, args: argparse.Namespace) -> Any:
-        return function(cls, method.fold_cli_args(args))
+    def from_cli_args(cls: type[EngineArgs], args: argparse.Namespace) -> Any:
+        return function(cls, fold_settings(args))
 
     return classmethod(from_cli_args)
 
 
-def _hook_verify(original: Any) -> Any:
+@_hook(
+    target=f"{_PARAMS}.verify",
+    why="a request's layerskip arguments are checked where it enters",
+    reason='A request may say how many tokens it drafts, `extra_args={"layerskip": '
+    '{"num_speculative_tokens": ...}}`; a wrong value is refused before the engine sees it.',
+    process="the API server's, or that of `LLM`",
+    upstream="none; vLLM lets logits processors check `extra_args`, nobody else",
+    remove_when="a registered method can check requests; `check_request` of the registry in the "
+    "diff",
+)
+def _verify(original: Any) -> Any:
+    """Wrap it: the original's checks, then those of requests with such an argument."""
+
     @functools.wraps(original)
     def verify(
         self: SamplingParams,
@@ -64,35 +132,124 @@ def _hook_verify(original: Any) -> Any:
         *args: Any,
         **kwargs: Any,
     ) -> None:
+        from layerskip_vllm.config.request import check_request
+
         original(self, model_config, speculative_config, *args, **kwargs)
-        method.check_request(self, speculative_config)
+        check_request(self, speculative_config)
 
     return verify
 
 
-def _hook_schedule(original: Any) -> Any:
+@_hook(
+    target=f"{_METRICS}.log_engine_initialized",
+    relies_on=(f"{_METRICS}._gauge_cls", f"{_METRICS}.engine_indexes"),
+    why="`vllm:layerskip_info` says E, K and where each comes from in a server's metrics",
+    reason="The entry points of `vllm.stat_logger_plugins` would do, but one that is installed "
+    "turns statistics on for every server, also with `--disable-log-stats`, and costs a call a "
+    "step.",
+    process="each API server, and that of an `LLM` that keeps statistics",
+    upstream="none; vLLM publishes the settings of its KV cache alone",
+    remove_when="a registered method can publish metrics; `publish_info` of the registry in the "
+    "diff",
+)
+def _log_engine_initialized(original: Any) -> Any:
+    """Wrap it: where layerskip drafts, one more gauge after the original's."""
+
     @functools.wraps(original)
-    def schedule(self: Scheduler, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        method.before_schedule(self)
+    def log_engine_initialized(self: PrometheusStatLogger) -> None:
+        original(self)
+        if _is_config(self.vllm_config.speculative_config):
+            from layerskip_vllm.config.info_metric import publish_info
+
+            publish_info(self)
+
+    return log_engine_initialized
+
+
+@_hook(
+    target=f"{_SCHEDULER}.schedule",
+    relies_on=(
+        f"{_SCHEDULER}.update_draft_token_ids",
+        f"{_SCHEDULER}.update_draft_token_ids_in_output",
+    ),
+    why="a request has no more drafts verified than it asks for",
+    reason="The scheduler alone sets that number, for both model runners, and with asynchronous "
+    "scheduling too, where it deals in placeholders.",
+    process="the engine core",
+    remove_when="vLLM has a K for each request, or with `before_schedule` of the registry in the "
+    "diff",
+)
+def _schedule(original: Any) -> Any:
+    """Wrap it: with a `LayerSkipConfig`, cut each running request's `spec_token_ids` first.
+
+    The original then reserves neither tokens nor blocks for what was cut.
+    """
+
+    @functools.wraps(original)
+    def schedule(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
+        if _is_config(self.vllm_config.speculative_config):
+            from layerskip_vllm.drafting.request_limits import limit_drafts
+
+            limit_drafts(self)
         return original(self, *args, **kwargs)
 
     return schedule
 
 
-def _hook_update_after_schedule(original: Any) -> Any:
+@_hook(
+    target=f"{_SCHEDULER}._update_after_schedule",
+    relies_on=(f"{_ASYNC_SCHEDULER}._update_after_schedule",),
+    why="a step drafts no more tokens than its requests ask for",
+    reason="And none if none does. A prompt that is cached but for one token, which vLLM pads with "
+    "K placeholder drafts, gets no more of them than its request asks for.",
+    process="the engine core",
+    remove_when="vLLM has a K for each request, or with `after_schedule` of the registry in the "
+    "diff",
+)
+def _update_after_schedule(original: Any) -> Any:
+    """Wrap it: with a `LayerSkipConfig`, cut the step before the original counts it.
+
+    That lowers `num_spec_tokens_to_schedule` (not with data parallelism, whose ranks must draft
+    alike) and takes placeholders away. `AsyncScheduler` calls this before it reads either.
+    """
+
     @functools.wraps(original)
     def _update_after_schedule(self: Scheduler, scheduler_output: SchedulerOutput) -> None:
-        method.after_schedule(self, scheduler_output)
+        if _is_config(self.vllm_config.speculative_config):
+            from layerskip_vllm.drafting.request_limits import limit_step
+
+            limit_step(self, scheduler_output)
         original(self, scheduler_output)
 
     return _update_after_schedule
 
 
-def _hook_new_proposer(original: Any) -> Any:
+@_hook(
+    target=f"{_V1_DRAFT}.__new__",
+    is_new=True,
+    relies_on=(
+        f"{_V1_DRAFT}.__init__",
+        f"{_V1_RUNNER}.propose_draft_token_ids",
+        f"{_V1_RUNNER}._input_fits_in_drafter",
+    ),
+    why="Model Runner V1 drafts with a `LayerSkipProposer`",
+    reason="The runner picks its drafter from a fixed list, and asks `isinstance(drafter, "
+    "DraftModelProposer)` later on.",
+    process="each worker with Model Runner V1",
+    upstream="[vllm#37399](https://github.com/vllm-project/vllm/pull/37399), closed: V1 is "
+    "deprecated",
+    remove_when="vLLM drops Model Runner V1, or with `create_proposer` of the registry in the diff",
+)
+def _new_proposer(original: None) -> Any:
+    """Add the method: with a `LayerSkipConfig`, `DraftModelProposer(...)` makes the subclass.
+
+    In all other cases it makes what it would have made.
+    """
+
     def __new__(cls: type, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
         from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-        if cls is DraftModelProposer and method.is_layerskip_config(vllm_config.speculative_config):
+        if cls is DraftModelProposer and _is_config(vllm_config.speculative_config):
             from layerskip_vllm.drafting.proposer import LayerSkipProposer
 
             cls = LayerSkipProposer
@@ -101,204 +258,112 @@ def _hook_new_proposer(original: Any) -> Any:
     return staticmethod(__new__)
 
 
-def _hook_init_speculator(original: Any) -> Any:
+@_hook(
+    target="vllm.v1.worker.gpu.model_runner:init_speculator",
+    defined_in="vllm.v1.worker.gpu.spec_decode",
+    relies_on=(f"{_V2_RUNNER}.initialize_kv_cache",),
+    why="Model Runner V2 drafts with a `LayerSkipSpeculator`",
+    reason="Its drafters are a fixed list too. `GPUModelRunner.initialize_kv_cache` keeps draft "
+    "layers out of the target's checks.",
+    process="each worker with Model Runner V2",
+    upstream="[vllm#36219](https://github.com/vllm-project/vllm/issues/36219), open",
+    remove_when="V2 takes drafters from a registry; `create_speculator` of the one in the diff",
+)
+def _init_speculator(original: Any) -> Any:
+    """Wrap the name that the runner's module imported, which is the one it calls.
+
+    Any other configuration goes to the original unchanged.
+    """
+
     @functools.wraps(original)
     def init_speculator(vllm_config: VllmConfig, device: torch.device, req_states: Any) -> Any:
-        if method.is_layerskip_config(vllm_config.speculative_config):
-            return method.create_speculator(vllm_config, device)
+        if _is_config(vllm_config.speculative_config):
+            return _create_speculator(vllm_config, device)
         return original(vllm_config, device, req_states)
 
     return init_speculator
 
 
-def _hook_expand(original: Any) -> Any:
-    def _expand_kernel_impl(
-        output: torch.Tensor,
-        input_val: torch.Tensor,
-        cu_num_tokens: torch.Tensor,
-        replace_from: int,
-        replace_to: int,
-        MAX_NUM_TOKENS: int | None = None,
-    ) -> None:
-        num_tokens = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
-        values = input_val.masked_fill(input_val == replace_from, replace_to)
-        output.copy_(values.repeat_interleave(num_tokens))
+@_hook(
+    target=f"{_V2_RUNNER}.sample",
+    relies_on=(
+        "vllm.v1.worker.gpu.lora_utils:LoraState",
+        "vllm.lora.model_manager:LoRAModelManager.set_adapter_mapping",
+    ),
+    why="on Model Runner V2, an adapter of the head is in all rows that are verified",
+    reason="vLLM maps one row of logits a request to its LoRA adapter, but verifies K + 1 rows a "
+    "request. An adapter of the head is then missing in the other rows, or another request's is in "
+    "them; on a CPU the shapes do not fit and the engine ends. Every speculative method on V2 has "
+    "this; the hook serves layerskip alone, whose drafter takes the requests' adapters from here.",
+    process="each worker with Model Runner V2",
+    upstream="not reported yet",
+    remove_when="V2 maps as many rows as it verifies, as V1 does, and gives drafters its LoRA "
+    "state; `before_sample` of the registry in the diff",
+)
+def _sample(original: Any) -> Any:
+    """Wrap it: map each row that is about to be verified, then call the original.
 
-    return _expand_kernel_impl
+    `LoRAModelManager.set_adapter_mapping` leaves out a mapping that it was given last. Other
+    configurations go to the original unchanged.
+    """
 
-
-def _hook_reject(original: Any) -> Any:
-    @functools.wraps(original)
-    def _rejection_random_sample_kernel_impl(
-        output_token_ids: torch.Tensor,
-        cu_num_draft_tokens: torch.Tensor,
-        draft_token_ids: torch.Tensor,
-        draft_probs: torch.Tensor | None,
-        target_probs: torch.Tensor,
-        bonus_token_ids: torch.Tensor,
-        recovered_token_ids: torch.Tensor,
-        uniform_probs: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        original(
-            output_token_ids,
-            cu_num_draft_tokens,
-            draft_token_ids.clamp(min=0),
-            draft_probs,
-            target_probs,
-            bonus_token_ids,
-            recovered_token_ids,
-            uniform_probs.masked_fill(draft_token_ids < 0, float("inf")),
-            *args,
-            **kwargs,
-        )
-
-    return _rejection_random_sample_kernel_impl
-
-
-def _hook_top_k(original: Any) -> Any:
-    @functools.wraps(original)
-    def apply_top_k_only(logits: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return original(logits, k) if logits.shape[0] else logits
-
-    return apply_top_k_only
-
-
-def _hook_sample(original: Any) -> Any:
     @functools.wraps(original)
     def sample(self: Any, hidden_states: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        if method.is_layerskip_config(self.speculative_config):
-            self.speculator.prepare_sampling(self.lora_state, input_batch)
+        if _is_config(self.speculative_config):
+            _before_sample(self, input_batch)
         return original(self, hidden_states, input_batch, *args, **kwargs)
 
     return sample
 
 
-_ARGS = "vllm.engine.arg_utils:EngineArgs"
-_PARAMS = "vllm.sampling_params:SamplingParams"
-_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
-_ASYNC_SCHEDULER = "vllm.v1.core.sched.async_scheduler:AsyncScheduler"
-_V1_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
-_V1_BASE = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
-_V1_DRAFT = "vllm.v1.spec_decode.draft_model:DraftModelProposer"
-_V2_HOME = "vllm.v1.worker.gpu.spec_decode"
-_V2_BASE = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
-_V2_RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
-_V2_GRAPHS = (
-    "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils:SpeculatorCudaGraphManager"
-)
+def _is_config(config: SpeculativeConfig | None) -> bool:
+    from layerskip_vllm.config.speculative import LayerSkipConfig
 
-METHOD_HOOKS = (
-    Hook(
-        target=f"{_ARGS}.create_speculative_config",
-        replace=_hook_create_speculative_config,
-        relies_on={
-            f"{_ARGS}.create_speculative_config": "cf054431c1ee0bd9",
-            "vllm.config.speculative:SpeculativeConfig": "fd6f269356f3f002",
-        },
-        why='{"method": "layerskip"} and {"model": "layerskip"} make a LayerSkipConfig',
-    ),
-    Hook(
-        target=f"{_ARGS}.add_cli_args",
-        replace=_hook_add_cli_args,
-        relies_on={f"{_ARGS}.add_cli_args": "09113390a2bf55a6"},
-        why="the flags --speculative-model, --num-speculative-tokens and layerskip's own",
-    ),
-    Hook(
-        target=f"{_ARGS}.from_cli_args",
-        replace=_hook_from_cli_args,
-        relies_on={f"{_ARGS}.from_cli_args": "f408efc21dab6743"},
-        why="--spec-exit-layer and --spec-exit-adapter reach the speculative config",
-    ),
-    Hook(
-        target=f"{_PARAMS}.verify",
-        replace=_hook_verify,
-        relies_on={f"{_PARAMS}.verify": "0e073adfc689a086"},
-        why="a request's layerskip arguments are checked where it enters",
-    ),
-    Hook(
-        target=f"{_SCHEDULER}.schedule",
-        replace=_hook_schedule,
-        relies_on={
-            f"{_SCHEDULER}.schedule": "9ba0a4e5e57745c0",
-            f"{_SCHEDULER}.update_draft_token_ids": "7def7154cb6ca9e3",
-            f"{_SCHEDULER}.update_draft_token_ids_in_output": "415a6b89624cdd05",
-        },
-        why="a request has no more drafts verified than it asks for",
-    ),
-    Hook(
-        target=f"{_SCHEDULER}._update_after_schedule",
-        replace=_hook_update_after_schedule,
-        relies_on={
-            f"{_SCHEDULER}._update_after_schedule": "42d45acb0beec8b5",
-            f"{_ASYNC_SCHEDULER}._update_after_schedule": "5b71aff1e8c9363b",
-        },
-        why="a step drafts no more tokens than its requests ask for",
-    ),
-    Hook(
-        target=f"{_V1_DRAFT}.__new__",
-        replace=_hook_new_proposer,
-        is_new=True,
-        relies_on={
-            f"{_V1_DRAFT}.__init__": "2fdd7f7a957faebb",
-            f"{_V1_BASE}.__init__": "9c6719cb796432ad",
-            f"{_V1_BASE}.propose": "d7b38713f30f8a8b",
-            f"{_V1_BASE}.load_model": "4b6e67fc560b83c6",
-            f"{_V1_BASE}.dummy_run": "ab2bf5165893e967",
-            f"{_V1_BASE}.initialize_attn_backend": "ce4777d9a120b5f8",
-            f"{_V1_BASE}._sample_draft_tokens": "cd7d5c7e884e717c",
-            f"{_V1_BASE}._sample_from_logits": "d425052f3d151455",
-            f"{_V1_RUNNER}.propose_draft_token_ids": "599829a38a150104",
-            f"{_V1_RUNNER}._input_fits_in_drafter": "607cecf71f6a9410",
-        },
-        why="Model Runner V1 drafts with a LayerSkipProposer",
-    ),
-    Hook(
-        target="vllm.v1.worker.gpu.model_runner:init_speculator",
-        replace=_hook_init_speculator,
-        relies_on={
-            f"{_V2_HOME}:init_speculator": "1250963c8442ddc7",
-            _V2_BASE: "9299999e1b2f93dc",
-            _V2_GRAPHS: "78e8094e7a593de0",
-            f"{_V2_RUNNER}.initialize_kv_cache": "a5a3180a103a8e5b",
-        },
-        why="Model Runner V2 drafts with a LayerSkipSpeculator",
-    ),
-)
+    return isinstance(config, LayerSkipConfig)
 
-# What is wrong in vLLM itself and would make drafts wrong, or end the engine.
-MENDS = (
-    Hook(
-        target="vllm.utils.cpu_triton_utils:_expand_kernel_impl",
-        replace=_hook_expand,
-        relies_on={"vllm.utils.cpu_triton_utils:_expand_kernel_impl": "cb72d4d389c5be6d"},
-        why="on the CPU, sampling with drafts reads each request's temperature, not stray memory",
-    ),
-    Hook(
-        target="vllm.utils.cpu_triton_utils:_rejection_random_sample_kernel_impl",
-        replace=_hook_reject,
-        relies_on={
-            "vllm.utils.cpu_triton_utils:_rejection_random_sample_kernel_impl": "07b8705b119dc62b",
-        },
-        why="on the CPU, sampling refuses the placeholder drafts of a prompt that is cached",
-    ),
-    Hook(
-        target="vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_only",
-        replace=_hook_top_k,
-        relies_on={"vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_only": "2d58824a27f72f0a"},
-        why="on the CPU, top_k in a step without any draft does not end the engine",
-    ),
-    Hook(
-        target=f"{_V2_RUNNER}.sample",
-        replace=_hook_sample,
-        relies_on={
-            f"{_V2_RUNNER}.sample": "20088238536e4758",
-            "vllm.v1.worker.gpu.lora_utils:LoraState": "353a5755dc005d7b",
-            "vllm.lora.model_manager:LoRAModelManager.set_adapter_mapping": "4a9c357495bdf8b6",
-        },
-        why="on Model Runner V2, an adapter of the head is in all rows that are verified",
-    ),
-)
 
-HOOKS = METHOD_HOOKS + MENDS
+def register() -> None:
+    """Give vLLM's registry of speculative methods, where there is one, what the hooks call."""
+    from layerskip_vllm.config.info_metric import publish_info
+    from layerskip_vllm.config.request import check_request
+    from layerskip_vllm.config.speculative import create_layerskip_config
+    from layerskip_vllm.drafting.request_limits import limit_drafts, limit_step
+
+    registry = importlib.import_module(REGISTRY)
+    registry.register_speculative_method(
+        registry.RegisteredSpeculativeMethod(
+            name=METHOD,
+            create_config=create_layerskip_config,
+            is_config=_is_config,
+            create_proposer=_create_proposer,
+            create_speculator=_create_speculator,
+            add_cli_args=add_speculative_flags,
+            fold_cli_args=fold_settings,
+            check_request=check_request,
+            publish_info=publish_info,
+            before_schedule=limit_drafts,
+            after_schedule=limit_step,
+            before_sample=_before_sample,
+        )
+    )
+
+
+# What follows imports the drafters, so it is called in the workers alone.
+
+
+def _create_proposer(
+    vllm_config: VllmConfig, device: torch.device, runner: GPUModelRunner
+) -> LayerSkipProposer:
+    from layerskip_vllm.drafting.proposer import LayerSkipProposer
+
+    return LayerSkipProposer(vllm_config, device, runner)
+
+
+def _create_speculator(vllm_config: VllmConfig, device: torch.device) -> LayerSkipSpeculator:
+    from layerskip_vllm.drafting.speculator import LayerSkipSpeculator
+
+    return LayerSkipSpeculator(vllm_config, device)
+
+
+def _before_sample(runner: Any, input_batch: InputBatch) -> None:
+    runner.speculator.prepare_sampling(runner.lora_state, input_batch)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from layerskip_vllm.hooks.install import SUPPORTED_VLLM_VERSIONS
+from layerskip_vllm.hooks.vllm_source import SUPPORTED_VLLM_VERSIONS
 
 PATCHES = Path(__file__).parents[2] / "patches"
 
@@ -26,7 +26,8 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from layerskip_vllm.hooks.install import hook_state
-from layerskip_vllm.hooks.method_hooks import MENDS, METHOD_HOOKS
+from layerskip_vllm.hooks.method_hooks import METHOD_HOOKS
+from layerskip_vllm.hooks.vllm_fixes import FIXES
 from layerskip_vllm.plugin import register
 
 model = sys.argv[1]
@@ -68,7 +69,7 @@ except ValueError as error:
 print("result:" + json.dumps({
     "is_patched": vllm.__file__.startswith(sys.argv[2]),
     "method_hooks": sorted({hook_state(hook) for hook in METHOD_HOOKS}),
-    "mends": sorted({hook_state(hook) for hook in MENDS}),
+    "fixes": sorted({hook_state(hook) for hook in FIXES}),
     "exit_layer": from_flags.create_engine_config().speculative_config.exit_layer,
     "is_equal": plain == drafted,
     "num_accepted": num_accepted,
@@ -106,7 +107,7 @@ def test_registry_serves_layerskip_without_method_hooks_when_vllm_is_patched(
     result = _run_script(patched_site, checkpoint("llama"))
     assert result["is_patched"]
     assert result["method_hooks"] == ["not installed"]
-    assert result["mends"] == ["applied"]
+    assert result["fixes"] == ["applied"]
     assert result["exit_layer"] == 3
     assert result["is_equal"]
     assert 0 < result["num_accepted"] <= result["num_draft_tokens"] == result["num_drafts"]

@@ -6,7 +6,6 @@ loads no weights.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.metadata
 import json
@@ -14,63 +13,70 @@ import logging
 import os
 import platform
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, ClassVar, cast
+
+from pydantic import Field, ValidationError
+from typing_extensions import override
 
 from layerskip_vllm import __version__, plugin
 from layerskip_vllm.checkpoint.weight_shares import estimate_shares, find_folder, read_shares
 from layerskip_vllm.hooks.install import Hook, HookError, check, hook_state
 from layerskip_vllm.hooks.method_hooks import REGISTRY
 from layerskip_vllm.hooks.vllm_source import SUPPORTED_VLLM_VERSIONS, read_digests
+from layerskip_vllm.tools.command_line import Command, Option
 from layerskip_vllm.tools.doctor.report import Report, format_report
 from layerskip_vllm.tools.hardware import describe_cpu
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
+    from layerskip_vllm.config.speculative import LayerSkipConfig
+
 ENTRY_POINT_GROUP = "vllm.general_plugins"
 ENTRY_POINT = "layerskip"
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the subcommand to the parser of `layerskip-vllm`."""
-    parser = subparsers.add_parser(
-        "doctor",
-        help="print versions, hooks, devices, and what would be picked for a checkpoint",
-        description="Print versions, hooks and their state, devices, and what layerskip would pick "
-        "for a checkpoint. The exit status is 1 if anything keeps it from working.",
-    )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint's folder or name")
-    parser.add_argument("--exit-layer", type=int, metavar="E", help="the layers that draft")
-    parser.add_argument(
-        "--num-speculative-tokens", type=int, metavar="K", help="the tokens drafted for each step"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(run=run)
+class DoctorCommand(Command):
+    """Print versions, hooks, devices, and what layerskip would pick for a checkpoint.
 
+    The exit status is 1 if anything keeps it from working.
+    """
 
-def run(args: argparse.Namespace) -> int:
-    """Look at everything, print it, and return the exit status."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    # vLLM reads the two when it configures an engine; until then this does.
-    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
-    report = Report()
-    examine_versions(report)
-    examine_plugin(report)
-    if report.versions["vllm"] is not None:
-        examine_hooks(report)
-        examine_devices(report)
-        settings = {
-            "exit_layer": args.exit_layer,
-            "num_speculative_tokens": args.num_speculative_tokens,
-        }
-        given = {key: value for key, value in settings.items() if value is not None}
-        if args.model is not None:
-            examine_checkpoint(report, args.model, given)
-        elif given:
-            report.problems.append(f"{', '.join(given)} given without a MODEL to try it on.")
-    print(json.dumps(asdict(report), indent=2) if args.json else format_report(report))
-    return 1 if report.problems else 0
+    summary: ClassVar = "print versions, hooks, devices, and what would be picked for a checkpoint"
+
+    model: Annotated[str | None, Option(metavar="MODEL", is_positional=True)] = Field(
+        default=None, description="a checkpoint's folder or name"
+    )
+    exit_layer: Annotated[int | None, Option(metavar="E")] = Field(
+        default=None, description="the layers that draft"
+    )
+    num_speculative_tokens: Annotated[int | None, Option(metavar="K")] = Field(
+        default=None, description="the tokens drafted for each step"
+    )
+    prints_json: Annotated[bool, Option(flag="--json")] = Field(
+        default=False, description="print one JSON object"
+    )
+
+    @override
+    def run(self) -> int:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+        # vLLM reads the two when it configures an engine; until then this does.
+        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+        report = Report()
+        examine_versions(report)
+        examine_plugin(report)
+        if report.versions["vllm"] is not None:
+            examine_hooks(report)
+            examine_devices(report)
+            settings = {"exit_layer", "num_speculative_tokens"}
+            given = self.model_dump(include=settings, exclude_none=True)
+            if self.model is not None:
+                examine_checkpoint(report, self.model, given)
+            elif given:
+                report.problems.append(f"{', '.join(given)} given without a MODEL to try it on.")
+        print(json.dumps(asdict(report), indent=2) if self.prints_json else format_report(report))
+        return 1 if report.problems else 0
 
 
 def examine_versions(report: Report) -> None:
@@ -185,7 +191,7 @@ def examine_checkpoint(report: Report, model: str, given: dict[str, int]) -> Non
     )
     try:
         _describe_model(report, args.create_model_config())
-        _describe_draft(report, args.create_engine_config(), given)
+        _describe_draft(report, args.create_engine_config())
     except Exception as error:
         report.problems.append(_describe_error(error))
 
@@ -195,17 +201,14 @@ def _describe_model(report: Report, model_config: ModelConfig) -> None:
     report.checkpoint["layers"] = model_config.get_total_num_hidden_layers()
 
 
-def _describe_draft(report: Report, vllm_config: VllmConfig, given: dict[str, int]) -> None:
-    from layerskip_vllm.checkpoint.entry import default_settings
-
-    model_config, draft = vllm_config.model_config, vllm_config.speculative_config
+def _describe_draft(report: Report, vllm_config: VllmConfig) -> None:
+    model_config = vllm_config.model_config
+    draft = cast("LayerSkipConfig", vllm_config.speculative_config)
+    report.checkpoint["exit_layer"] = draft.exit_layer
+    report.checkpoint["exit_layer from"] = draft.exit_layer_source
+    report.checkpoint["num_speculative_tokens"] = draft.num_speculative_tokens
+    report.checkpoint["num_speculative_tokens from"] = draft.num_speculative_tokens_source
     num_layers = model_config.get_total_num_hidden_layers()
-    defaults = default_settings(model_config.model, model_config.hf_config, num_layers)
-    for key in ("exit_layer", "num_speculative_tokens"):
-        report.checkpoint[key] = getattr(draft, key)
-        report.checkpoint[f"{key} from"] = (
-            "the command line" if key in given else getattr(defaults, key).source
-        )
     shares = read_shares(find_folder(model_config.model), num_layers, draft.exit_layer)
     report.checkpoint["shares from"] = "the headers of the safetensors files"
     if shares is None:
@@ -230,9 +233,7 @@ def _describe_runner(vllm_config: VllmConfig) -> str:
 
 
 def _describe_error(error: Exception) -> str:
-    """The error's own words; of a pydantic error those of each field."""
-    from pydantic import ValidationError  # comes with vLLM
-
+    """Return the error's own words; of a pydantic error those of each field."""
     if isinstance(error, ValidationError):
         return "; ".join(
             ": ".join([*map(str, detail["loc"]), detail["msg"]]) for detail in error.errors()

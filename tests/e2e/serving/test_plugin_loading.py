@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from layerskip_vllm.hooks.method_hooks import HOOKS
+from layerskip_vllm.hooks.method_hooks import METHOD_HOOKS
 from tests.e2e.serving.server import ModelServer, environment
 
-ARGS_HOOKS = {hook.target for hook in HOOKS if ":EngineArgs." in hook.target}
+ARGS_HOOKS = {hook.target for hook in METHOD_HOOKS if ":EngineArgs." in hook.target}
 V1_HOOK = "vllm.v1.spec_decode.draft_model:DraftModelProposer.__new__"
 
 # A general plugin of the test's own: keeps writing down how far the hooks are in its process.
@@ -27,11 +27,12 @@ def register():
     threading.Thread(target=report, daemon=True).start()
 
 def report():
-    from layerskip_vllm.hooks.install import hook_state
-    from layerskip_vllm.hooks.method_hooks import HOOKS
+    from layerskip_vllm.hooks.install import Hook, hook_state
+    from layerskip_vllm.plugin import LEDGER
+    hooks = [entry for entry in LEDGER if isinstance(entry, Hook)]
     file = Path(os.environ["VLLM_TEST_PROBE"]) / f"{os.getpid()}.json"
     while True:
-        states = {hook.target: hook_state(hook) for hook in HOOKS}
+        states = {hook.target: hook_state(hook) for hook in hooks}
         name = multiprocessing.current_process().name
         temporary = file.with_suffix(".part")
         temporary.write_text(json.dumps({"name": name, "parent": os.getppid(), "states": states}))
@@ -142,12 +143,11 @@ before = set(sys.modules)
 import layerskip_vllm, layerskip_vllm.plugin, layerskip_vllm.tools.commands
 seen = {"package": sorted({name.split(".")[0] for name in set(sys.modules) - before})}
 
-from layerskip_vllm.hooks.install import hook_state
-from layerskip_vllm.hooks.method_hooks import HOOKS
-from layerskip_vllm.plugin import register
+from layerskip_vllm.hooks.install import Hook, hook_state
+from layerskip_vllm.plugin import LEDGER, register
 
 def states():
-    return {hook.target: hook_state(hook) for hook in HOOKS}
+    return {entry.name: hook_state(entry) for entry in LEDGER if isinstance(entry, Hook)}
 
 register()
 import torch

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from layerskip_vllm.hooks import install as hooks
-from layerskip_vllm.hooks.install import Hook, HookError, check, check_version, hook_state, install
+from layerskip_vllm.hooks import vllm_source
+from layerskip_vllm.hooks.install import Hook, HookError, Use, check_version, hook_state
 
 SOURCE = """
 def greet(name):
@@ -52,28 +53,36 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
         name = name or f"hooked_{next(_numbers)}"
         (tmp_path / f"{name}.py").write_text(source)
         importlib.invalidate_caches()
-        hooks._definitions.cache_clear()
+        vllm_source.definitions.cache_clear()
         names.append(name)
         return name
 
     yield write
     for name in names:
         sys.modules.pop(name, None)
-    hooks._definitions.cache_clear()
+    vllm_source.definitions.cache_clear()
+
+
+DIGESTS: dict[str, dict[str, str] | None] = {}
+TEXTS = {"why": "for a test", "process": "this one", "how": "as it says", "remove_when": "never"}
 
 
 def make_hook(
     target: str, replace: Callable[[Any], Any] | None = None, is_new: bool = False
 ) -> Hook:
     """A hook on the source as it is now; the replacement says `hooked` and then the original."""
-    digest = hooks.source_digest(target)
-    return Hook(
-        target=target,
-        replace=replace or (lambda original: lambda *args: f"hooked {original(*args)}"),
-        relies_on={} if is_new else {target: digest},
-        why="for a test",
-        is_new=is_new,
-    )
+    says_hooked = replace or (lambda original: lambda *args: f"hooked {original(*args)}")
+    hook = Hook(target=target, replace=says_hooked, is_new=is_new, **TEXTS)
+    DIGESTS[target] = {name: vllm_source.source_digest(name) or "0" for name in hook.names}
+    return hook
+
+
+def check(entry: hooks.Entry) -> list[str]:
+    return hooks.check(entry, DIGESTS)
+
+
+def install(entries: list[Hook | Use]) -> None:
+    hooks.install(entries, DIGESTS)
 
 
 def load(name: str) -> ModuleType:
@@ -152,7 +161,7 @@ def test_check_names_the_target_when_its_source_has_changed(
     write(SOURCE.replace(old, new), name)
     (problem,) = check(hook)
     assert problem.startswith(f"{name}:greet has changed: source digest ")
-    assert problem.endswith(f"expected {hook.relies_on[hook.target]}")
+    assert problem.endswith(f"expected {DIGESTS[hook.target][hook.target]}")
 
 
 def test_check_finds_nothing_when_only_other_code_has_changed(write: Write) -> None:
@@ -167,8 +176,7 @@ def test_check_names_the_target_when_it_or_its_module_is_missing(write: Write) -
     hook = make_hook(f"{name}:greet")
     write(SOURCE.replace("def greet(name)", "def welcome(name)"), name)
     assert check(hook) == [f"{name}:greet is missing (needed by the hook on {name}:greet)"]
-    nowhere = Hook("no.such.module:f", lambda original: original, {"no.such.module:f": "0"}, "why")
-    assert check(nowhere) == [
+    assert check(make_hook("no.such.module:f")) == [
         "no.such.module:f is missing (needed by the hook on no.such.module:f)"
     ]
 
@@ -223,6 +231,79 @@ def test_no_hook_is_applied_when_another_target_was_patched_already(write: Write
     with pytest.raises(HookError, match=rf"{name}:part is already patched"):
         install([make_hook(f"{name}:greet"), make_hook(f"{name}:part")])
     assert module.greet("you") == "hello you"
+
+
+def test_nothing_is_armed_when_a_name_that_is_used_without_a_hook_has_changed(
+    write: Write,
+) -> None:
+    hooked, used = write(), write()
+    hook, use = make_hook(f"{hooked}:greet"), Use(module="ours", **TEXTS)
+    DIGESTS["ours"] = {f"{used}:Greeter.greet": "0"}
+    with pytest.raises(HookError, match=rf"{used}:Greeter\.greet has changed"):
+        install([hook, use])
+    assert hook_state(hook) == "refused"
+    assert load(hooked).greet("you") == "hello you"
+
+
+def test_check_asks_only_for_the_name_when_any_definition_will_do(write: Write) -> None:
+    name = write()
+    use = Use(module="ours", **TEXTS)
+    DIGESTS["ours"] = {f"{name}:Greeter": vllm_source.ANY, f"{name}:Farewell": vllm_source.ANY}
+    assert check(use) == [f"{name}:Farewell is missing (needed by ours)"]
+
+
+def test_entry_is_refused_when_the_version_has_no_digests_for_it(write: Write) -> None:
+    hook = make_hook(f"{write()}:greet")
+    del DIGESTS[hook.target]
+    with pytest.raises(HookError, match=f"no digests of what {hook.target} relies on"):
+        install([hook])
+
+
+def test_hook_is_left_out_when_the_version_does_not_need_it(write: Write) -> None:
+    name = write()
+    hook = make_hook(f"{name}:greet")
+    DIGESTS[hook.target] = None
+    install([hook])
+    assert load(name).greet("you") == "hello you"
+    assert hook_state(hook) == "not installed"
+
+
+ASSIGNED = """
+LIMIT: int = 3
+if LIMIT:
+    first, second = 1, 2
+
+class Counter:
+    step = 1
+
+    def __init__(self):
+        local = self.count = 0
+
+    def add(self):
+        self.count, self.last = self.count + self.step, True
+"""
+
+
+@pytest.mark.parametrize(
+    ("qualname", "source"),
+    [
+        ("LIMIT", "LIMIT: int = 3"),
+        ("second", "    first, second = 1, 2"),
+        ("Counter.step", "    step = 1"),
+        (
+            "Counter.count",
+            "        local = self.count = 0\n"
+            "        self.count, self.last = self.count + self.step, True",
+        ),
+        ("local", None),
+        ("Counter.local", None),
+        ("Counter.add.last", None),
+    ],
+)
+def test_definition_is_found_when_it_is_a_variable_or_an_attribute(
+    write: Write, qualname: str, source: str | None
+) -> None:
+    assert vllm_source.definitions(write(ASSIGNED)).get(qualname) == source
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.0+cu130"])

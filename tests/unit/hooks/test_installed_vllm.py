@@ -1,137 +1,142 @@
-"""Every hook against the vLLM that is installed here, and each refusing another vLLM."""
+"""Every entry of the ledger against the vLLM that is installed, and each refusing another vLLM."""
 
 from __future__ import annotations
 
 import ast
-import importlib.machinery
-import importlib.util
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import vllm
 
 from layerskip_vllm.hooks import install as hooks
-from layerskip_vllm.hooks.install import Hook, HookError, check, install
-from layerskip_vllm.hooks.method_hooks import HOOKS
-from layerskip_vllm.plugin import SKIP_VERSION_CHECK, register
+from layerskip_vllm.hooks import vllm_source
+from layerskip_vllm.hooks.install import Entry, Hook, HookError, check, install
+from layerskip_vllm.plugin import LEDGER, SKIP_VERSION_CHECK, register
 
-LEDGER = Path(__file__).parents[3] / "patches" / "README.md"
-
-
-def name_of(hook: Hook) -> str:
-    return hook.target.split(".")[-1]
+DIGESTS = vllm_source.read_digests(vllm.__version__)
+HOOKS = [entry for entry in LEDGER if isinstance(entry, Hook)]
 
 
+def name_of(entry: Entry) -> str:
+    return entry.name.split(".")[-1]
+
+
+each_entry = pytest.mark.parametrize("entry", LEDGER, ids=name_of)
 each_hook = pytest.mark.parametrize("hook", HOOKS, ids=name_of)
 
 
 @pytest.fixture
 def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Have the hooks read an edited copy of a module's source in the place of the installed one."""
-    find_spec, definitions = importlib.util.find_spec, hooks._definitions
+    find_file, definitions = vllm_source.find_file, vllm_source.definitions
     copies: dict[str, Path | None] = {}
-
-    def find_copy(name: str) -> importlib.machinery.ModuleSpec | None:
-        if name not in copies:
-            return find_spec(name)
-        copy = copies[name]
-        return copy and importlib.machinery.ModuleSpec(name, None, origin=str(copy))
 
     def edit(module: str, change: Callable[[str], str] | None) -> None:
         copies[module] = None
         if change is not None:
             copies[module] = tmp_path / f"{module}.py"
-            copies[module].write_text(change(Path(find_spec(module).origin).read_text()))
+            copies[module].write_text(change(find_file(module).read_text()))
 
-    monkeypatch.setattr(hooks.importlib.util, "find_spec", find_copy)
-    # What is not edited is parsed once in all tests.
     monkeypatch.setattr(
-        hooks,
-        "_definitions",
-        lambda module: (definitions.__wrapped__ if module in copies else definitions)(module),
+        vllm_source,
+        "find_file",
+        lambda module: copies[module] if module in copies else find_file(module),
+    )
+    # What is not edited is parsed once in all tests.
+    of_copies = functools.cache(definitions.__wrapped__)
+    monkeypatch.setattr(
+        vllm_source,
+        "definitions",
+        lambda module: (of_copies if module in copies else definitions)(module),
     )
     return edit
 
 
-def sources_by_module(hook: Hook) -> dict[str, list[str]]:
-    """The qualified names that a hook relies on."""
+def sources_by_module(entry: Entry) -> dict[str, list[str]]:
+    """The qualified names that an entry relies on."""
     sources: dict[str, list[str]] = {}
-    for name in hook.relies_on:
+    for name in DIGESTS[entry.name]:
         module, _, qualname = name.partition(":")
         sources.setdefault(module, []).append(qualname)
     return sources
 
 
-def find_lines(source: str, qualname: str) -> tuple[int, int]:
-    """The first line of a definition's `def` or `class` and its last, counted from 0."""
-    nodes = [ast.parse(source)]
-    for name in qualname.split("."):
-        nodes = [child for node in nodes for child in node.body if is_named(child, name)]
-    return nodes[-1].lineno - 1, nodes[-1].end_lineno - 1
+def find_lines(source: str, qualname: str) -> list[tuple[int, int]]:
+    """The first and last lines of all that defines a name, counted from 0."""
+    return [
+        (node.lineno - 1, node.end_lineno - 1)
+        for name, node in vllm_source._find_definitions(ast.parse(source), "", None)
+        if name == qualname
+    ]
 
 
-def is_named(node: ast.AST, name: str) -> bool:
-    return getattr(node, "name", None) == name and hasattr(node, "body")
-
-
-@each_hook
-def test_hook_fits_when_vllm_is_the_installed_one(hook: Hook) -> None:
-    assert check(hook) == []
+@each_entry
+def test_entry_fits_when_vllm_is_the_installed_one(entry: Entry) -> None:
+    assert check(entry, DIGESTS) == []
 
 
 @each_hook
 def test_hook_watches_its_own_target_when_the_target_exists(hook: Hook) -> None:
     qualname = hook.target.partition(":")[2]
-    watched = [name for name in hook.relies_on if name.endswith(f":{qualname}")]
+    watched = [name for name in DIGESTS[hook.target] if name.endswith(f":{qualname}")]
     assert watched == [] if hook.is_new else len(watched) == 1
 
 
-@each_hook
-def test_hook_is_refused_when_anything_it_relies_on_has_changed(
-    edit: Callable[..., None], hook: Hook
+@each_entry
+def test_entry_is_refused_when_anything_it_relies_on_has_changed(
+    edit: Callable[..., None], entry: Entry
 ) -> None:
-    for module, qualnames in sources_by_module(hook).items():
+    for module, qualnames in sources_by_module(entry).items():
 
         def change(source: str, qualnames: list[str] = qualnames) -> str:
             lines = source.splitlines()
-            for qualname in qualnames:
-                lines[find_lines(source, qualname)[1]] += "  # changed"
+            last_lines = {line for name in qualnames for _, line in find_lines(source, name)}
+            for line in last_lines:
+                lines[line] += "  # changed"
             return "\n".join(lines)
 
         edit(module, change)
-    changed = [problem.partition(" has changed: ")[0] for problem in check(hook)]
-    assert changed == list(hook.relies_on)
+    changed = [problem.partition(" has changed: ")[0] for problem in check(entry, DIGESTS)]
+    digests = DIGESTS[entry.name].items()
+    assert changed == [name for name, digest in digests if digest != vllm_source.ANY]
 
 
-@each_hook
-def test_hook_is_refused_when_anything_it_relies_on_is_missing(
-    edit: Callable[..., None], hook: Hook
+@each_entry
+def test_entry_is_refused_when_anything_it_relies_on_is_missing(
+    edit: Callable[..., None], entry: Entry
 ) -> None:
-    for module, qualnames in sources_by_module(hook).items():
+    for module, qualnames in sources_by_module(entry).items():
 
         def rename(source: str, qualnames: list[str] = qualnames) -> str:
             lines = source.splitlines()
             for qualname in qualnames:
-                first, name = find_lines(source, qualname)[0], qualname.rpartition(".")[2]
-                lines[first] = re.sub(rf"\b{name}\b", "renamed", lines[first])
+                name = qualname.rpartition(".")[2]
+                for first, last in find_lines(source, qualname):
+                    text = "\n".join(lines[first : last + 1])
+                    renamed = re.sub(rf"\b{name}\b", "renamed", text, count=1)
+                    lines[first : last + 1] = renamed.split("\n")
             return "\n".join(lines)
 
         edit(module, rename)
-    assert check(hook) == [
-        f"{name} is missing (needed by the hook on {hook.target})" for name in hook.relies_on
-    ]
+    assert check(entry, DIGESTS) == missing(entry)
 
 
-@each_hook
-def test_hook_is_refused_when_a_module_it_relies_on_is_missing(
-    edit: Callable[..., None], hook: Hook
+@each_entry
+def test_entry_is_refused_when_a_module_it_relies_on_is_missing(
+    edit: Callable[..., None], entry: Entry
 ) -> None:
-    for module in sources_by_module(hook):
+    for module in sources_by_module(entry):
         edit(module, None)
-    assert check(hook) == [
-        f"{name} is missing (needed by the hook on {hook.target})" for name in hook.relies_on
-    ]
+    assert check(entry, DIGESTS) == missing(entry)
+
+
+def missing(entry: Entry) -> list[str]:
+    """What is to be said if nothing is left of what an entry relies on."""
+    needed_by = f"the hook on {entry.name}" if isinstance(entry, Hook) else entry.name
+    return [f"{name} is missing (needed by {needed_by})" for name in DIGESTS[entry.name]]
 
 
 @pytest.mark.parametrize("hook", [hook for hook in HOOKS if hook.is_new], ids=name_of)
@@ -143,11 +148,11 @@ def test_hook_is_refused_when_its_new_attribute_exists(
 
     def change(source: str) -> str:
         lines = source.splitlines()
-        _, last = find_lines(source, class_name)
+        ((_, last),) = find_lines(source, class_name)
         return "\n".join([*lines[: last + 1], f"    def {attribute}(cls): ...", *lines[last + 1 :]])
 
     edit(module, change)
-    assert any(problem.startswith(f"{hook.target} exists") for problem in check(hook))
+    assert any(problem.startswith(f"{hook.target} exists") for problem in check(hook, DIGESTS))
 
 
 @each_hook
@@ -157,15 +162,13 @@ def test_registration_is_refused_when_a_target_is_not_the_expected_one(
     monkeypatch.setattr(hooks, "_states", {})
     edit(hook.module, lambda source: "")
     with pytest.raises(HookError, match=re.escape(hook.module)):
-        install([hook])
+        install([hook], DIGESTS)
     assert hooks.hook_state(hook) == "refused"
 
 
 def test_registration_is_refused_when_the_version_is_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import vllm
-
     monkeypatch.setattr(vllm, "__version__", "0.31.0")
     monkeypatch.setattr(hooks, "_states", {})
     with pytest.raises(HookError, match=r"vLLM 0\.31\.0 is not supported.*SKIP_VERSION_CHECK=1"):
@@ -173,30 +176,24 @@ def test_registration_is_refused_when_the_version_is_another(
     assert not hooks._states
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        HOOKS[0].definition,
+        "vllm.v1.sample.sampler:_SAMPLING_EPS",
+        "vllm.distributed.kv_transfer.kv_transfer_state:_KV_CONNECTOR_AGENT",
+    ],
+    ids=["a target", "what a drafter reads", "what a drafter sets"],
+)
 def test_changed_source_is_refused_when_the_version_check_is_skipped(
-    edit: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    edit: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    import vllm
-
     monkeypatch.setattr(vllm, "__version__", "0.33.0")
     monkeypatch.setenv(SKIP_VERSION_CHECK, "1")
     monkeypatch.setattr(hooks, "_states", {})
-    edit(HOOKS[0].module, lambda source: source.replace("def create_speculative_config", "def f"))
-    with pytest.raises(HookError, match=r"EngineArgs\.create_speculative_config is missing"):
+    module, _, qualname = name.partition(":")
+    attribute = qualname.rpartition(".")[2]
+    edit(module, lambda source: re.sub(rf"\b{attribute}\b", "renamed", source))
+    with pytest.raises(HookError, match=rf"{re.escape(name)} is missing"):
         register()
     assert set(hooks._states.values()) == {"refused"}
-
-
-def test_ledger_names_exactly_the_hooks_when_read() -> None:
-    text = LEDGER.read_text()
-    named = re.findall(r"^### `([^`]+)`$", text, flags=re.MULTILINE)
-    assert sorted(named) == sorted(hook.target for hook in HOOKS)
-    for field in ("Why", "Process", "How", "Relies on", "Upstream", "Remove when"):
-        assert len(re.findall(rf"^- \*\*{field}\*\*: ", text, flags=re.MULTILINE)) == len(HOOKS)
-
-
-@each_hook
-def test_ledger_gives_the_sources_of_a_hook_when_read(hook: Hook) -> None:
-    entry = LEDGER.read_text().partition(f"### `{hook.target}`")[2].partition("\n### ")[0]
-    for name in hook.relies_on:
-        assert name.rpartition(":")[2] in entry, name

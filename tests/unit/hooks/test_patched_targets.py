@@ -11,13 +11,17 @@ from typing import Any
 import pytest
 
 from layerskip_vllm.hooks.install import Hook
-from layerskip_vllm.hooks.method_hooks import HOOKS
+from layerskip_vllm.hooks.method_hooks import METHOD_HOOKS
+from layerskip_vllm.hooks.vllm_fixes import FIXES
+
+HOOKS = (*METHOD_HOOKS, *FIXES)
 
 SCRIPT = """
 import functools, importlib, json
 from layerskip_vllm.hooks import install as hooks
-from layerskip_vllm.hooks.method_hooks import HOOKS
-from layerskip_vllm.plugin import register
+from layerskip_vllm.plugin import LEDGER, register
+
+HOOKS = [entry for entry in LEDGER if isinstance(entry, hooks.Hook)]
 
 def patch(*args, **kwargs):
     pass

@@ -1,4 +1,4 @@
-"""`top_k` over the logits of a step without any draft, with the plugin's mend and without it."""
+"""`top_k` over the logits of a step without any draft, with the plugin's fix and without it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = """
 import sys, torch
-if sys.argv[1] == "mended":
+if sys.argv[1] == "fixed":
     from layerskip_vllm.plugin import register
     register()
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
@@ -24,8 +24,8 @@ assert limit(torch.empty(0, 3), []).shape == (0, 3)
 """
 
 
-@pytest.mark.parametrize(("state", "error"), [("mended", ""), ("plain", "numel() == 0")])
-def test_top_k_takes_logits_without_rows_when_mended(state: str, error: str) -> None:
+@pytest.mark.parametrize(("state", "error"), [("fixed", ""), ("plain", "numel() == 0")])
+def test_top_k_takes_logits_without_rows_when_fixed(state: str, error: str) -> None:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, state],

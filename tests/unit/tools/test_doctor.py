@@ -16,7 +16,8 @@ import pytest
 
 from layerskip_vllm.checkpoint.weight_shares import read_shares
 from layerskip_vllm.hooks import install as hooks
-from layerskip_vllm.hooks import method_hooks as hook_table
+from layerskip_vllm.hooks import method_hooks
+from layerskip_vllm.plugin import LEDGER
 from layerskip_vllm.tools.commands import main
 
 Doctor = Callable[..., tuple[int, dict[str, Any]]]
@@ -53,13 +54,19 @@ def test_doctor_finds_nothing_wrong_when_all_is_in_place(doctor: Doctor) -> None
     assert report["checkpoint"] == {}
 
 
-def test_doctor_lists_every_hook_as_applied_when_all_is_in_place(doctor: Doctor) -> None:
+def test_doctor_lists_the_whole_ledger_when_all_is_in_place(doctor: Doctor) -> None:
     _, report = doctor()
+    applied = [entry for entry in LEDGER if isinstance(entry, hooks.Hook)]
     assert report["hooks"] == [
-        {"target": hook.target, "why": hook.why, "state": "applied", "problems": []}
-        for hook in hook_table.HOOKS
+        {
+            "target": entry.name,
+            "why": entry.why,
+            "state": "applied" if entry in applied else "checked",
+            "problems": [],
+        }
+        for entry in LEDGER
     ]
-    assert {hooks.hook_state(hook) for hook in hook_table.HOOKS} == {"applied"}
+    assert {hooks.hook_state(hook) for hook in applied} == {"applied"}
 
 
 def test_doctor_says_what_it_would_pick_when_a_checkpoint_is_named(
@@ -189,7 +196,7 @@ def test_doctor_reports_a_problem_when_the_version_of_vllm_is_another(
 def test_doctor_names_the_hook_when_its_target_has_changed(
     doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changed = hook_table.HOOKS[0].target
+    changed = method_hooks.METHOD_HOOKS[0].target
     digest = hooks.source_digest
     monkeypatch.setattr(
         hooks, "source_digest", lambda name: "0" if name == changed else digest(name)

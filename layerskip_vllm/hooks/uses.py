@@ -1,0 +1,152 @@
+"""What of vLLM the plugin extends, calls or sets that vLLM keeps to itself, module by module.
+
+`plugin` has it checked with the hooks, before anything is hooked. What a module imports, and what
+its classes override and call of vLLM's, is found in the code by `scripts/ledger.py`; listed here is
+only what it touches on vLLM's objects.
+"""
+
+from __future__ import annotations
+
+from layerskip_vllm.hooks.install import Use
+
+_V1_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_WORKER = "each worker"
+_V1_WORKER = "each worker with Model Runner V1"
+_V2_WORKER = "each worker with Model Runner V2"
+
+_REGISTRY = "vLLM takes drafters from outside, through an interface that it keeps"
+
+USES = (
+    Use(
+        module="layerskip_vllm.config.speculative",
+        relies_on=("vllm.config.speculative:SpeculativeConfig",),
+        why="`LayerSkipConfig` is a `SpeculativeConfig`",
+        process="whichever reads the engine arguments; pickled to all others",
+        how="Extends it, and knows its fields one by one: which mean the same, which are refused. "
+        "To the rest of vLLM it is a `draft_model` whose model is the target.",
+        remove_when="a speculative method can bring a configuration of its own",
+    ),
+    Use(
+        module="layerskip_vllm.config.refusals",
+        why="a scheduler that the hooks do not reach, and a K by batch size, are refused early",
+        process="whichever reads the engine arguments",
+        how="Asks whether `scheduler_cls` extends vLLM's, and has vLLM check the schedule that it "
+        "would check in the engine core.",
+        remove_when="vLLM checks the schedule with the arguments, and each request has its own K",
+    ),
+    Use(
+        module="layerskip_vllm.drafting.proposer",
+        relies_on=(
+            f"{_V1_RUNNER}._input_fits_in_drafter",
+            f"{_V1_RUNNER}.effective_drafter_max_model_len",
+            f"{_V1_RUNNER}.discard_request_mask",
+            f"{_V1_RUNNER}.input_batch",
+            "vllm.v1.worker.gpu_input_batch:InputBatch.block_table",
+            "vllm.v1.worker.gpu_input_batch:InputBatch.request_lora_mapping",
+            "vllm.v1.worker.block_table:BlockTable.get_device_tensor",
+            "vllm.v1.attention.backend:CommonAttentionMetadata",
+            "vllm.v1.kv_cache_interface:UniformTypeKVCacheSpecs",
+        ),
+        why="`LayerSkipProposer` is V1's `DraftModelProposer`, over the target's own KV cache",
+        reason="The runner stops a whole batch from drafting when one request comes near the end "
+        "of its context; this drafter leaves out that request alone.",
+        process=_V1_WORKER,
+        how="Overrides how a draft is made, loaded and sampled. Sets the runner's "
+        "`effective_drafter_max_model_len` past the context's end, reads its block tables and "
+        "`discard_request_mask`, and makes the metadata of draft steps of the target step's.",
+        upstream="[vllm#37399](https://github.com/vllm-project/vllm/pull/37399), closed",
+        remove_when="vLLM drops Model Runner V1",
+    ),
+    Use(
+        module="layerskip_vllm.drafting.slots",
+        relies_on=(
+            "vllm.v1.worker.block_table:MultiGroupBlockTable.__getitem__",
+            "vllm.v1.worker.block_table:BlockTable.get_device_tensor",
+            "vllm.v1.worker.block_table:BlockTable.block_size",
+        ),
+        why="V1's draft steps write to slots of the target's KV cache",
+        process=_V1_WORKER,
+        how="Looks up a draft's slots in the runner's block tables, all steps at once; those that "
+        "are `PAD_SLOT_ID` are not written.",
+        remove_when="vLLM drops Model Runner V1",
+    ),
+    Use(
+        module="layerskip_vllm.drafting.speculator",
+        relies_on=(
+            "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator",
+            "vllm.v1.worker.gpu.lora_utils:LoraState",
+        ),
+        why="`LayerSkipSpeculator` is V2's `DraftModelSpeculator`, over the target's own KV cache",
+        process=_V2_WORKER,
+        how="Overrides how a draft is made and captured, and names no layers of its own to the "
+        "runner, which would take them out of the target's checks.",
+        upstream="[vllm#36219](https://github.com/vllm-project/vllm/issues/36219), open",
+        remove_when=_REGISTRY,
+    ),
+    Use(
+        module="layerskip_vllm.drafting.cuda_graphs",
+        relies_on=(
+            "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils:"
+            "SpeculatorCudaGraphManager",
+        ),
+        why="`DraftCudaGraphs` are vLLM's graphs of draft steps",
+        reason="vLLM never captures a draft of one token, and its drafts have no adapters.",
+        process=_V2_WORKER,
+        how="Overrides what is captured: adds sizes to `_capture_descs`, and puts as many adapters "
+        "in use as a graph will be run with.",
+        remove_when="vLLM captures drafts of each K, with adapters",
+    ),
+    Use(
+        module="layerskip_vllm.drafting.kernels",
+        why="the kernels between V2's draft steps write the runner's buffers",
+        process=_V2_WORKER,
+        how="Reads `InputBatch`, writes `InputBuffers`.",
+        remove_when=_REGISTRY,
+    ),
+    Use(
+        module="layerskip_vllm.drafting.stages",
+        relies_on=(
+            "vllm.compilation.decorators:_support_torch_compile",
+            "vllm.compilation.decorators:_try_load_aot_compiled_fn",
+        ),
+        why="a model's first layers are compiled on their own, as vLLM compiles the model",
+        reason="vLLM keys compiled code by the code object and, on disk, by its qualified name and "
+        "first line: a stage that shared them with the model would load its graphs.",
+        process=_WORKER,
+        how="Copies the module that runs the layers, gives it an end, a class and a `forward` of "
+        "its own, and calls `TorchCompileWithNoGuardsWrapper.__init__` on it anew; sets "
+        "`_compile_tag`, drops `aot_compiled_fn`.",
+        remove_when="vLLM compiles a slice of a model's layers",
+    ),
+    Use(
+        module="layerskip_vllm.drafting.lora",
+        relies_on=("vllm.lora.model_manager:LoRAModelManager.set_adapter_mapping",),
+        why="each request drafts with its own adapter",
+        process=_WORKER,
+        how="Gives the manager of the target's adapters the rows of a draft step, and of V2's "
+        "verification; it is the loaded model's `lora_manager`.",
+        remove_when="vLLM's runners map the rows of draft steps to adapters",
+    ),
+    Use(
+        module="layerskip_vllm.drafting.kv_transfer",
+        relies_on=(
+            "vllm.distributed.kv_transfer.kv_transfer_state:get_kv_transfer_group",
+            "vllm.distributed.kv_transfer.kv_transfer_state:has_kv_transfer_group",
+            "vllm.distributed.kv_transfer.kv_transfer_state:is_v1_kv_transfer_group",
+        ),
+        why="KV connectors do not see draft steps",
+        reason="A connector follows the target's layers through a step, each once; draft steps run "
+        "the same layers by the same names.",
+        process=_WORKER,
+        how="Sets `_KV_CONNECTOR_AGENT` to None while a draft step runs, and back.",
+        remove_when="a forward can be run without a connector",
+    ),
+    Use(
+        module="layerskip_vllm.checkpoint.first_layers",
+        why="the load format `first_layers`: a checkpoint's first layers as a model",
+        process=_WORKER,
+        how="Registers `FirstLayersLoader` with `register_model_loader`, which is open to plugins; "
+        "overrides what `DefaultModelLoader` reads.",
+        remove_when="vLLM's loaders leave out the weights of layers that a model has not",
+    ),
+)

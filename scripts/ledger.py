@@ -1,0 +1,288 @@
+"""Writes what is made from the hooks: patches/README.md, and the digests of the installed vLLM.
+
+`python -m scripts.ledger` writes both, after a hook or what the plugin uses of vLLM has changed.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import textwrap
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from layerskip_vllm.hooks.install import Entry, Use
+from layerskip_vllm.hooks.method_hooks import METHOD_HOOKS, REGISTRY
+from layerskip_vllm.hooks.uses import USES
+from layerskip_vllm.hooks.vllm_fixes import FIXES
+from layerskip_vllm.hooks.vllm_source import (
+    ANY,
+    SUPPORTED_VLLM_VERSIONS,
+    TABLES,
+    find_file,
+    read_digests,
+    source_digest,
+)
+from layerskip_vllm.plugin import LEDGER
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "patches/README.md"
+WINGS = ("checkpoint", "config", "drafting")  # whose code runs in vLLM, beside the hooks
+
+# What vLLM means to be imported, by its users and by models out of its tree.
+API = (
+    "vllm.config",
+    "vllm.engine.arg_utils",
+    "vllm.exceptions",
+    "vllm.logger",
+    "vllm.model_executor.layers",
+    "vllm.sampling_params",
+    "vllm.triton_utils",
+)
+
+
+def make_digests(version: str) -> dict[str, dict[str, str] | None]:
+    """Digest what each entry of the ledger relies on in the vLLM that is installed.
+
+    Args:
+        version: Its version. An entry that its file says is not needed there stays so.
+    """
+    known = read_digests(version) if version in SUPPORTED_VLLM_VERSIONS else {}
+    return {
+        entry.name: None if known.get(entry.name, {}) is None else _digests_of(entry)
+        for entry in LEDGER
+    }
+
+
+def _digests_of(entry: Entry) -> dict[str, str]:
+    names = find_uses(entry.module) if isinstance(entry, Use) else {}
+    names |= dict.fromkeys(entry.names, True)
+    # A name that is not there is an error for whoever writes the file, and for the test.
+    return {
+        name: source_digest(name) or "missing" if is_whole else ANY
+        for name, is_whole in sorted(names.items())
+        if name.rpartition(".")[0] not in entry.relies_on
+    }
+
+
+def modules_with_uses() -> list[str]:
+    """List the modules that use what vLLM keeps to itself: each needs an entry in `USES`."""
+    files = [file for wing in WINGS for file in (ROOT / "layerskip_vllm" / wing).glob("*.py")]
+    modules = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
+    return sorted(module for module in modules if find_uses(module))
+
+
+def find_uses(module: str) -> dict[str, bool]:
+    """Find what a module of this package uses of what vLLM keeps to itself.
+
+    That is what it imports and what it reads of an imported module or class (but for annotations),
+    and of the classes that it extends what it overrides, calls, reads and sets.
+
+    Args:
+        module: The module.
+
+    Returns:
+        By name, whether the definition must be as it is, or only be there: the classes that are
+        neither called nor extended.
+    """
+    tree = _without_type_checking(ast.parse(_source_of(module)))
+    imported = _imports(tree)
+    used = {_definition(name): not _is_class(name) for name in imported.values()}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Name(name)) if name in imported:
+                used[_definition(imported[name])] = True
+            case ast.Attribute(value=ast.Name(name)) if name in imported:
+                used[_member(imported[name], node.attr)] = True
+    for cls in vars(importlib.import_module(module)).values():
+        if inspect.isclass(cls) and cls.__module__ == module:
+            used |= dict.fromkeys(find_inherited(cls), True)
+    used.pop("", None)
+    return used
+
+
+def find_inherited(cls: type) -> set[str]:
+    """Find what a class overrides, calls, reads and sets of the vLLM classes that it extends."""
+    own = vars(cls).keys() - {"__annotations__", "__doc__", "__module__", "__qualname__"}
+    touched = {
+        node.attr
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(cls))))
+        if isinstance(node, ast.Attribute) and _is_self(node.value)
+    }
+    return {name for attribute in own | touched if (name := _first(cls.__mro__[1:], attribute))}
+
+
+def _source_of(module: str) -> str:
+    file = find_file(module)
+    assert file is not None, module
+    return file.read_text(encoding="utf-8")
+
+
+def _without_type_checking(tree: ast.Module) -> ast.Module:
+    body = [
+        node
+        for node in tree.body
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    ]
+    return ast.Module(body, tree.type_ignores)
+
+
+def _imports(tree: ast.Module) -> dict[str, str]:
+    """Read what a module imports of what vLLM keeps to itself, as `module:name`."""
+    return {
+        alias.asname or alias.name: f"{node.module}:{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm.")
+        if not (node.module or "").startswith(API)
+        for alias in node.names
+    }
+
+
+def _load(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _is_class(name: str) -> bool:
+    return inspect.isclass(_load(name))
+
+
+def _definition(name: str) -> str:
+    """Find where an imported name is defined; "" for a module."""
+    value = _load(name)
+    if inspect.ismodule(value):
+        return ""
+    home = f"{getattr(value, '__module__', None)}:{getattr(value, '__qualname__', None)}"
+    return home if home.startswith("vllm.") and source_digest(home) is not None else name
+
+
+def _member(name: str, attribute: str) -> str:
+    """Name an attribute of an imported module or class; "" if it defines none of that name."""
+    value = _load(name)
+    if inspect.ismodule(value):
+        return f"{value.__name__}:{attribute}"
+    return _first(value.__mro__, attribute) if inspect.isclass(value) else ""
+
+
+def _first(classes: Iterable[type], attribute: str) -> str:
+    """Name an attribute by the first of vLLM's classes that defines it or sets it on `self`."""
+    owners = [f"{cls.__module__}:{cls.__qualname__}" for cls in classes]
+    names = [f"{owner}.{attribute}" for owner in owners if owner.startswith("vllm.")]
+    return next((name for name in names if source_digest(name) is not None), "")
+
+
+def _is_self(node: ast.expr) -> bool:
+    """Tell whether an expression is `self` or `super()`."""
+    name = node.func if isinstance(node, ast.Call) else node
+    return isinstance(name, ast.Name) and name.id in ("self", "super")
+
+
+_INTRODUCTION = """# What this plugin changes in vLLM, and what it uses that vLLM keeps to itself
+
+Made by `python -m scripts.ledger` from `layerskip_vllm/hooks/`; a test compares the two. For vLLM
+{versions}, in two forms:
+
+- **Hooks** on an unmodified vLLM, in each process that vLLM loads the plugin in.
+- **A diff**, `vllm-VERSION.diff`: a small registry of speculative methods for vLLM itself, in a
+  form to send upstream. Where vLLM has it (`{registry}`), the plugin gives it
+  what the hooks of the method call; the fixes of vLLM itself stay hooks.
+
+```bash
+vllm=$(python -c "from importlib.util import find_spec; print(find_spec('vllm').origin)")
+patch -p1 -d "$(dirname "$vllm")/.." < patches/vllm-0.32.0.diff
+```
+
+All that stands under *Relies on* is checked before any hook is applied. `register()` raises, so
+that vLLM does not start, if
+
+- the version of vLLM is not one that the hooks were written for
+  (`VLLM_LAYERSKIP_SKIP_VERSION_CHECK=1` skips this check and no other),
+- the source of a target, or of anything else relied on, is missing or has changed,
+- something else has patched a target.
+
+A hook is applied when its target's module is imported, so a process imports nothing for the
+plugin's sake. `layerskip-vllm doctor` prints the state of each entry.
+
+To support another vLLM: install it, read what has changed in everything that the last version's
+file in `layerskip_vllm/hooks/digests/` names, run the tests, write the new version's file with
+`python -m scripts.ledger`, and make a diff for it. An entry that is not needed there is set to
+`null` in the file, and stays so. To give a version up, delete its file and its diff.
+
+## Why hooks
+
+vLLM 0.32 has no interface for a drafter from outside that can use the model.
+`method="custom_class"` ([vllm#39487](https://github.com/vllm-project/vllm/pull/39487)) hands over
+token lists on the host, neither the model nor its KV cache, turns asynchronous scheduling off, and
+exists in Model Runner V1 alone. A common interface for drafters was asked for in
+[vllm#36219](https://github.com/vllm-project/vllm/issues/36219); the attempt for Model Runner V1
+([vllm#37399](https://github.com/vllm-project/vllm/pull/37399)) was closed in favour of V2, whose
+`init_speculator` is a fixed list. SGLang has such a registry
+([sglang#23991](https://github.com/sgl-project/sglang/pull/23991)), and the diff gives vLLM a like
+one.
+"""
+
+_SECTIONS = (
+    ("Hooks that make layerskip a method", METHOD_HOOKS),
+    ("Hooks that fix vLLM", FIXES),
+    ("What is used without a hook", USES),
+)
+
+
+def write_page() -> str:
+    """Write the ledger as Markdown: an entry for each hook, then for each module that uses vLLM."""
+    versions = ", ".join(SUPPORTED_VLLM_VERSIONS)
+    digests = read_digests(SUPPORTED_VLLM_VERSIONS[-1])
+    parts = [_INTRODUCTION.format(versions=versions, registry=REGISTRY)]
+    for title, entries in _SECTIONS:
+        parts.append(f"\n## {title}\n")
+        parts += [_write_entry(entry, digests.get(entry.name) or {}) for entry in entries]
+    return "".join(parts)
+
+
+def _write_entry(entry: Entry, digests: Mapping[str, str]) -> str:
+    whole = [name for name, digest in digests.items() if digest != ANY]
+    there = [name for name, digest in digests.items() if digest == ANY]
+    parts = (_list_names(whole), f"that there is, {_list_names(there)}" if there else "")
+    fields = {
+        "Why": f"{entry.why}. {entry.reason}",
+        "Process": f"{entry.process}.",
+        "How": entry.how,
+        "Relies on": "; ".join(filter(None, parts)) + ".",
+        "Upstream": f"{entry.upstream}.",
+        "Remove when": f"{entry.remove_when}.",
+    }
+    lines = (
+        textwrap.fill(
+            f"- **{field}**: {' '.join(text.split())}",
+            width=100,
+            subsequent_indent="  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for field, text in fields.items()
+    )
+    return f"\n### `{entry.name}`\n\n" + "\n".join(lines) + "\n"
+
+
+def _list_names(names: Iterable[str]) -> str:
+    by_module: dict[str, list[str]] = {}
+    for name in names:
+        module, _, qualname = name.partition(":")
+        by_module.setdefault(module, []).append(f"`{qualname}`")
+    return "; ".join(f"in `{module}` {', '.join(by_module[module])}" for module in by_module)
+
+
+def main() -> None:
+    """Write the digests of the vLLM that is installed, then the ledger."""
+    version = metadata.version("vllm").partition("+")[0]
+    digests = json.dumps(make_digests(version), indent=2)
+    (TABLES / f"{version}.json").write_text(digests + "\n", encoding="utf-8")
+    PAGE.write_text(write_page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
