@@ -84,6 +84,15 @@ def service(
         yield Service(server, has_experts, expected)
 
 
+def test_each_rank_says_what_drafts_when_the_metrics_are_read(service: Service) -> None:
+    lines = service.server.fetch("/metrics").splitlines()
+    found = [line for line in lines if line.startswith("vllm:layerskip_info{")]
+    assert len(found) == 2
+    for rank, line in enumerate(found):
+        assert f'engine="{rank}"' in line
+        assert f'exit_layer="{EXIT_LAYER}"' in line
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_tokens_equal_plain_when_the_other_rank_is_idle(service: Service, rank: int) -> None:
     before = service.server.counters(rank)

@@ -172,6 +172,25 @@ def test_request_is_refused_alone_when_its_number_is_wrong_over_http(
         assert drafted(other.result()) == [3] * 3
 
 
+def test_server_says_what_drafts_when_its_metrics_are_read(server: ModelServer) -> None:
+    (family,) = (
+        family
+        for family in text_string_to_metric_families(server.fetch("/metrics"))
+        if family.name == "vllm:layerskip_info"
+    )
+    (sample,) = family.samples
+    assert sample.value == 1
+    assert sample.labels == {
+        "exit_layer": "8",
+        "exit_layer_source": "the user",
+        "num_speculative_tokens": str(NUM_SPECULATIVE_TOKENS),
+        "num_speculative_tokens_source": "the user",
+        "num_layers": "8",
+        "exit_adapter": "",
+        "engine": "0",
+    }
+
+
 def test_worker_logs_that_layerskip_is_on_when_it_drafts(
     server: ModelServer, checkpoint: Callable[..., Path]
 ) -> None:
