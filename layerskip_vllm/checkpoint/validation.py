@@ -46,7 +46,7 @@ def parse(model: type[Model], values: Any, where: str = "") -> Model:
 
 
 def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> str:
-    """Say in one line what is wrong first: the field, its value and what would be right.
+    """Say in one line what is wrong: the first field, its value and what would be right.
 
     Args:
         error: What pydantic raised.
@@ -56,7 +56,9 @@ def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> 
     Returns:
         Such as "layerskip.e_scale is 7; it must be a number from 0 to 1."
     """
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    # What is missing may be there under a misspelled name.
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     path, kind = list(first["loc"]), first["type"]
     key = path.pop() if kind in ("missing", "extra_forbidden") else None
     name, wanted, metadata = where, cast(Any, model), cast(Sequence[Any], ())
@@ -114,7 +116,7 @@ def _describe_range(metadata: Sequence[Any]) -> str:
         return f" from {limits['ge']} to {limits['le']}"
     words = {"gt": "above", "le": "of at most", "lt": "below"}
     parts = [f"{words.get(name, 'of at least')} {value}" for name, value in limits.items()]
-    return f" {' and '.join(parts)}" if parts else ""
+    return f" {' and '.join(parts)}".replace("and of", "and") if parts else ""
 
 
 def suggest(key: str, known: Sequence[str]) -> str:
