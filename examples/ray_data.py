@@ -24,7 +24,7 @@ PROMPTS = ["def quicksort(", "class Stack:\n", "import os\n", "for line in "]
 
 
 def to_request(row: dict[str, Any]) -> dict[str, Any]:
-    """What vLLM is asked for a row of the data set."""
+    """Say what vLLM is asked for a row of the data set."""
     return {"prompt": row["prompt"], "sampling_params": {"temperature": 0, "max_tokens": 48}}
 
 

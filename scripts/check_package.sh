@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the sdist, and the wheel from it, into dist/; installs the wheel into a venv of its own and
-# tries it there. vLLM and all else comes from .venv.
+# tries it there, first alone, then beside the vLLM of .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -20,15 +20,19 @@ rm -rf dist layerskip_vllm.egg-info # setuptools would add what an old list of f
   exit 1
 }
 
-# The wheel comes first on the path. Where .venv is added so, its .pth files are not read, and with
-# them not the editable install of this repository.
+# In an environment of its own, with what it says that it needs and no vLLM.
 "$PYTHON" -m venv "$folder/venv"
 readonly IN_VENV=$folder/venv/bin
-"$IN_VENV/python" -m pip --disable-pip-version-check install --quiet --no-deps dist/*.whl
-site_packages "$PYTHON" >"$(site_packages "$IN_VENV/python")/vllm.pth"
-
+"$PYTHON" -m pip --disable-pip-version-check freeze --exclude-editable |
+  grep -v @ >"$folder/constraints.txt"
+"$IN_VENV/python" -m pip --disable-pip-version-check install --quiet \
+  --constraint "$folder/constraints.txt" dist/*.whl
 cd "$folder" # the repository is not on the path here
+"$IN_VENV/layerskip-vllm" --help
+
+# Beside vLLM. The wheel comes first on the path, and the .pth files of .venv are not read, with them
+# not the editable install of the repository.
+site_packages "$REPOSITORY/$PYTHON" >"$(site_packages "$IN_VENV/python")/vllm.pth"
 export VLLM_PLUGINS=layerskip VLLM_LOGGING_LEVEL=ERROR
 "$IN_VENV/python" "$REPOSITORY/scripts/check_package.py" "$REPOSITORY"/dist
-"$IN_VENV/layerskip-vllm" --help
 "$IN_VENV/layerskip-vllm" doctor "$REPOSITORY/checkpoints/stdlib-24l"
