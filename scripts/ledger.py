@@ -69,11 +69,15 @@ def _digests_of(entry: Entry) -> dict[str, str]:
     }
 
 
-def modules_with_uses() -> list[str]:
-    """List the modules that use what vLLM keeps to itself: each needs an entry in `USES`."""
+def modules() -> list[str]:
+    """List the modules of this package that run in vLLM, beside the hooks."""
     files = [file for wing in WINGS for file in (ROOT / "layerskip_vllm" / wing).glob("*.py")]
-    modules = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
-    return sorted(module for module in modules if find_uses(module))
+    return sorted(".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files)
+
+
+def modules_with_uses() -> list[str]:
+    """List those that use what vLLM keeps to itself: each needs an entry in `USES`."""
+    return [module for module in modules() if find_uses(module)]
 
 
 def find_uses(module: str) -> dict[str, bool]:
