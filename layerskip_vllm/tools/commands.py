@@ -1,23 +1,31 @@
-"""The command `layerskip-vllm`: one subcommand a module, and the flags that `vllm serve` gains.
+"""The command `layerskip-vllm`: what an operator runs, each of its subcommands a pydantic model.
 
-The hook on vLLM's parser imports `flags` from here, so this module imports nothing heavy.
+This imports all of them to know their options, but nothing heavy: that is for them to do.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from layerskip_vllm import __version__
-from layerskip_vllm.tools.doctor import command as doctor
-from layerskip_vllm.tools.exits import command as exits
-from layerskip_vllm.tools.soak import command as soak
-from layerskip_vllm.tools.verify import command as verify
-from layerskip_vllm.tools.watch import command as watch
-from layerskip_vllm.training import command as train
+from layerskip_vllm.tools.command_line import Command
+from layerskip_vllm.tools.doctor.command import DoctorCommand
+from layerskip_vllm.tools.exits.command import ExitsCommand
+from layerskip_vllm.tools.soak.command import SoakCommand
+from layerskip_vllm.tools.train import TrainCommand
+from layerskip_vllm.tools.verify.command import VerifyCommand
+from layerskip_vllm.tools.watch.command import WatchCommand
 
-COMMANDS = (doctor, exits, soak, train, verify, watch)
+COMMANDS: Mapping[str, type[Command]] = {
+    "doctor": DoctorCommand,
+    "exits": ExitsCommand,
+    "soak": SoakCommand,
+    "train": TrainCommand,
+    "verify": VerifyCommand,
+    "watch": WatchCommand,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,19 +43,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        command.add_parser(subparsers)
+    for name, command in COMMANDS.items():
+        command.add_parser(subparsers, name)
     args = parser.parse_args(argv)
+    chosen: type[Command] = args.command
     try:
-        return args.run(args)
+        return chosen.parse(args).run()
     except KeyboardInterrupt:
         return 130
     except (ImportError, ValueError, OSError) as error:
-        extra = getattr(args, "extra", None)
-        if args.debug or (isinstance(error, ImportError) and extra is None):
+        if args.debug or (isinstance(error, ImportError) and chosen.extra is None):
             raise
         message = str(error) or repr(error)
         if isinstance(error, ImportError):
-            message += f"; install what this command needs: pip install 'layerskip-vllm[{extra}]'"
+            extra = f"pip install 'layerskip-vllm[{chosen.extra}]'"
+            message += f"; install what this command needs: {extra}"
     print(f"error: {message}", file=sys.stderr)
     return 2

@@ -12,7 +12,7 @@ import pytest
 
 from layerskip_vllm.tools.commands import main
 from layerskip_vllm.tools.verify import runs
-from layerskip_vllm.tools.verify.results import Result
+from layerskip_vllm.tools.verify.results import Job, Result
 
 ENGINE = {
     "max_model_len": 128,
@@ -53,8 +53,16 @@ def verified(
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("VLLM_CACHE_ROOT", str(folder / "cache"))
+        results: dict[str, Result] = {}
+        run_engine = runs.run_engine
+
+        def record(name: str, job: Job, folder: Path) -> Result:
+            results[name] = run_engine(name, job, folder)
+            return results[name]
+
+        patch.setattr(runs, "run_engine", record)
         status = main(["verify", model, *SMALL, "--output-dir", str(folder)])
-    results = {name: runs.read_result(folder / f"{name}.result.json") for name in runs.RUNS}
+    assert all((folder / f"{name}.log").exists() for name in runs.RUNS)
     return status, read_report(folder), results
 
 
@@ -144,7 +152,7 @@ def test_command_refuses_to_judge_when_nothing_was_drafted(verified, replay):
     ("arguments", "message"),
     [
         (["--num-prompts=17"], "num_prompts is 17; without data it must be at most 16"),
-        (["--num-samples=99"], "num_samples is 99; it must be at least 100"),
+        (["--num-samples=99"], "num_samples is 99; it must be an integer of at least 100"),
         (["--max-tokens=0"], "max_tokens is 0; it must be an integer of at least 1"),
         (["--engine-args", '{"seed": 1}'], "engine_args has 'seed', which is set for each run"),
         (["--engine-args", '{"dtype": "half"}'], "engine_args has 'dtype', which is set for each"),
@@ -173,5 +181,5 @@ def test_command_shows_the_log_when_an_engine_does_not_start(tmp_path, capsys):
     status = main(["verify", str(tmp_path / "no-model"), "--output-dir", str(tmp_path)])
     assert status == 2
     printed = capsys.readouterr().err
-    assert "error: the plain run failed with exit status 1" in printed
+    assert "error: the plain run failed; " in printed
     assert "no-model" in printed

@@ -28,7 +28,7 @@ class Report:
 
 
 def format_report(report: Report) -> str:
-    """The report as plain text in aligned columns."""
+    """Return the report as plain text in aligned columns."""
     devices = dict(report.devices)
     if "cuda" in devices:
         devices["cuda"] = "\n".join(devices["cuda"]) or "none"

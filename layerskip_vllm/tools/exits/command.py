@@ -2,122 +2,106 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+from typing_extensions import override
 
 from layerskip_vllm.checkpoint.entry import CONFIG_KEY, write_entry
+from layerskip_vllm.tools.command_line import Command, Option
 from layerskip_vllm.tools.exits.config import ExitsConfig
 from layerskip_vllm.tools.output import make_console, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
     from layerskip_vllm.tools.exits.report import ExitReport
 
-_HELP = {
-    "seq_len": "tokens of a held-out sequence",
-    "max_held_out_tokens": "most tokens to measure losses over",
-    "num_prompts": "prompts to complete",
-    "num_prompt_tokens": "tokens of each",
-    "max_tokens": "most tokens of a completion",
-    "max_num_speculative_tokens": "K goes from 1 to this",
-    "batch_size": "sequences, or prompts, of a forward pass",
-}
 
+class ExitsCommand(Command, ExitsConfig):
+    """Measure every layer of a Hugging Face decoder on held-out text.
 
-def add_parser(subparsers: Any) -> None:
-    """Add the subcommand to the parser of `layerskip-vllm`."""
-    parser = subparsers.add_parser(
-        "exits",
-        help="measure every layer of a checkpoint on held-out text, and say where to exit",
-        description="Measure every layer of a Hugging Face decoder on held-out text: its loss, "
-        "how often it agrees with the last layer, and what drafts from it would gain at best. "
-        "Prints two tables and writes exits.json and exits.png. The exit status is 2 on an error, "
-        "and 1 if --write-config finds nothing worth writing.",
+    Its loss, how often it agrees with the last layer, and what drafts from it would gain at best.
+    Prints two tables and writes exits.json and exits.png. The exit status is 2 on an error, and 1
+    if --write-config finds nothing worth writing.
+    """
+
+    summary: ClassVar = (
+        "measure every layer of a checkpoint on held-out text, and say where to exit"
     )
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="a checkpoint's folder or name")
-    add(
-        "--data",
-        nargs="+",
-        required=True,
-        metavar="FILE_OR_FOLDER",
-        help="text that the model has not seen: text files, .jsonl files whose objects have a "
-        "'text', or folders of them; 'stdlib' for held-out files of Python's standard library",
+    extra: ClassVar = "exits"
+
+    model: Annotated[str, Option(metavar="MODEL", is_positional=True)] = Field(
+        description="a checkpoint's folder or name"
     )
-    add("--output-dir", type=Path, default=Path("exits-output"), help="(exits-output)")
-    add("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
-    add(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="default: auto, the checkpoint's own",
+    data: Annotated[tuple[str, ...], Option(metavar="FILE_OR_FOLDER")] = Field(
+        description="text that the model has not seen: text files, .jsonl files whose objects have "
+        "a 'text', or folders of them; 'stdlib' for held-out files of Python's standard library"
     )
-    for field in fields(ExitsConfig):
-        option = "--" + field.name.replace("_", "-")
-        words = f"{_HELP[field.name]} ({field.default})"
-        add(option, type=int, default=field.default, metavar="N", help=words)
-    add(
-        "--write-config",
-        action="store_true",
-        help=f"put the best E and K into the checkpoint's config.json, as its {CONFIG_KEY!r} entry",
+    output_dir: Path = Field(
+        default=Path("exits-output"), description="where exits.json and exits.png go"
     )
-    parser.set_defaults(run=run, extra="exits")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Measure, print, write, and return the exit status."""
-    console = make_console()
-    report = _measure(args, console)
-    _show(report, args.output_dir, console)
-    return _write_config(report, Path(args.model), console) if args.write_config else 0
-
-
-def _measure(args: argparse.Namespace, console: Console) -> ExitReport:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
+    device: str | None = Field(
+        default=None, description="such as cpu or cuda:1; a GPU, if there is one, when not given"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto is the checkpoint's own"
+    )
+    write_config: bool = Field(
+        default=False,
+        description="put the best E and K into the checkpoint's config.json, as its "
+        f"{CONFIG_KEY!r} entry",
     )
 
-    from layerskip_vllm.tools.exits.measure import (
-        describe_setting,
-        find_eos_token_ids,
-        load_model,
-        measure_exits,
-    )
-    from layerskip_vllm.tools.text import encode_documents, read_documents
+    @override
+    def run(self) -> int:
+        console = make_console()
+        report = self._measure(console)
+        _show(report, self.output_dir, console)
+        return _write_config(report, Path(self.model), console) if self.write_config else 0
 
-    config = ExitsConfig(**{name: getattr(args, name) for name in _HELP})
-    if args.write_config and not (Path(args.model) / "config.json").is_file():
-        raise ValueError(
-            f"MODEL is {args.model!r}, which is no folder with a config.json in it; "
-            "--write-config needs one."
+    def _measure(self, console: Console) -> ExitReport:
+        from layerskip_vllm.tools.exits.measure import (
+            describe_setting,
+            find_eos_token_ids,
+            load_model,
+            measure_exits,
         )
-    documents = read_documents(args.data)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = load_model(args.model, args.device, args.dtype)
-    text = encode_documents(tokenizer, documents)
-    eos_token_ids = find_eos_token_ids(model, tokenizer)
-    setting = describe_setting(model, args.data, config)
-    with Progress(
-        TextColumn("{task.description:>13}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
+        from layerskip_vllm.tools.text import encode_documents, read_documents
+
+        if self.write_config and not (Path(self.model) / "config.json").is_file():
+            raise ValueError(
+                f"MODEL is {self.model!r}, which is no folder with a config.json in it; "
+                "--write-config needs one."
+            )
+        documents = read_documents(self.data)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        model, tokenizer = load_model(self.model, self.device, self.dtype)
+        text = encode_documents(tokenizer, documents)
+        eos_token_ids = find_eos_token_ids(model, tokenizer)
+        setting = describe_setting(model, self.data, self)
+        with _make_progress(console) as progress:
+
+            def track(what: str, total: int) -> Callable[[int], None]:
+                task = progress.add_task(what, total=total)
+                return lambda num: progress.advance(task, num)
+
+            return measure_exits(model, text, eos_token_ids, self, setting, track)
+
+
+def _make_progress(console: Console) -> Progress:
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("{task.description:>13}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
-    ) as progress:
-
-        def track(what: str, total: int) -> Callable[[int], None]:
-            task = progress.add_task(what, total=total)
-            return lambda num: progress.advance(task, num)
-
-        return measure_exits(model, text, eos_token_ids, config, setting, track)
+    )
 
 
 def _show(report: ExitReport, output_dir: Path, console: Console) -> None:

@@ -1,49 +1,44 @@
-"""How much `layerskip-vllm exits` measures; plain Python, for the command line to import."""
+"""How much `layerskip-vllm exits` measures: options of its command line."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from typing import Self
 
-from layerskip_vllm.checkpoint.checks import check_positive_int
+from pydantic import Field, model_validator
+
+from layerskip_vllm.checkpoint.validation import Settings
 
 
-@dataclass(frozen=True)
-class ExitsConfig:
-    """How much is measured; the command line sets each field by its name.
+class ExitsConfig(Settings):
+    """How much is measured."""
 
-    Attributes:
-        seq_len: Tokens of a held-out sequence.
-        max_held_out_tokens: Limit of the tokens that losses and agreements are measured over.
-        num_prompts: Prompts to complete.
-        num_prompt_tokens: Tokens of each.
-        max_tokens: Limit of a completion's tokens.
-        max_num_speculative_tokens: K goes from 1 to this.
-        batch_size: Sequences, or prompts, of a forward pass.
+    seq_len: int = Field(default=512, ge=1, description="tokens of a held-out sequence")
+    max_held_out_tokens: int = Field(
+        default=65_536, ge=1, description="most tokens to measure losses over"
+    )
+    num_prompts: int = Field(default=32, ge=1, description="prompts to complete")
+    num_prompt_tokens: int = Field(default=128, ge=1, description="tokens of each")
+    max_tokens: int = Field(default=128, ge=1, description="most tokens of a completion")
+    max_num_speculative_tokens: int = Field(
+        default=8, ge=1, description="K goes from 1 to this, which is below --max-tokens"
+    )
+    batch_size: int = Field(
+        default=8,
+        ge=1,
+        description="sequences, or prompts, of a forward pass, of which fewer take less memory",
+    )
 
-    Raises:
-        ValueError: If a number is not an integer of at least 1, or no draft of the longest kind
-            fits into a completion.
-    """
-
-    seq_len: int = 512
-    max_held_out_tokens: int = 65_536
-    num_prompts: int = 32
-    num_prompt_tokens: int = 128
-    max_tokens: int = 128
-    max_num_speculative_tokens: int = 8
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            check_positive_int(name, value)
+    @model_validator(mode="after")
+    def _check_drafts(self) -> Self:
         if self.max_num_speculative_tokens >= self.max_tokens:
             raise ValueError(
                 f"max_num_speculative_tokens is {self.max_num_speculative_tokens}; it must be "
                 f"below max_tokens, which is {self.max_tokens}, for a draft to fit in."
             )
+        return self
 
     def check_context(self, max_position_embeddings: int | None) -> None:
-        """Checks that all texts fit into a model's context.
+        """Check that all texts fit into a model's context.
 
         Args:
             max_position_embeddings: The context's length; None if the model names none.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -48,7 +47,7 @@ def load_model(model: str, device: str | None, dtype: str) -> tuple[Any, Any]:
         ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"MODEL is {model!r}, from which transformers cannot load a causal language model and "
@@ -191,7 +190,7 @@ def describe_setting(model: Any, data: Sequence[str], config: ExitsConfig) -> di
         "device": torch.cuda.get_device_name(model.device)
         if model.device.type == "cuda"
         else str(model.device),
-        **asdict(config),
+        **config.model_dump(include=set(ExitsConfig.model_fields)),
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in packages},
     }

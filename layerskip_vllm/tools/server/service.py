@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
 
 from layerskip_vllm.tools.prompts import BUILT_IN
+from layerskip_vllm.tools.server.metrics import LayerSkipInfo, check_url
 
 MIN_MODEL_LEN = 256
 _TIMEOUT_S = 120.0
-# A value that layerskip refuses, and says why; a server without it ignores or refuses it otherwise.
-_PROBE = {"layerskip": '{"num_speculative_tokens": -1}'}
-_REFUSAL = re.compile(r"from 0, which turns drafting off, to (\d+)")
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Service:
 
 
 async def open_session(url: str, timeout_s: float) -> aiohttp.ClientSession:
-    """Opens a session in which each request has a connection of its own.
+    """Open a session in which each request has a connection of its own.
 
     A server may close a kept connection in the moment in which it is used again; an answer would
     seem lost.
@@ -55,8 +53,7 @@ async def open_session(url: str, timeout_s: float) -> aiohttp.ClientSession:
     Raises:
         ValueError: If the address is none.
     """
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"URL is {url!r}; it must be an address such as http://127.0.0.1:8000.")
+    check_url(url)
     return aiohttp.ClientSession(
         url.rstrip("/") + "/",
         timeout=aiohttp.ClientTimeout(total=timeout_s),
@@ -65,7 +62,7 @@ async def open_session(url: str, timeout_s: float) -> aiohttp.ClientSession:
 
 
 async def inspect(url: str) -> Service:
-    """Asks a server what it is.
+    """Ask a server what it is.
 
     Args:
         url: The server's address.
@@ -96,17 +93,16 @@ async def inspect(url: str) -> Service:
             url=url,
             model=model,
             max_model_len=max_model_len,
-            num_speculative_tokens=await _find_num_speculative_tokens(session, model),
+            num_speculative_tokens=await _find_num_speculative_tokens(session),
             pieces=await _tokenize(session, url, model),
             is_chat=await _can_chat(session, model),
         )
 
 
-async def _find_num_speculative_tokens(session: aiohttp.ClientSession, model: str) -> int | None:
-    body = {"model": model, "prompt": "1", "max_tokens": 1, "vllm_xargs": _PROBE}
-    status, answer = await _fetch(session, "v1/completions", body)
-    found = _REFUSAL.search(str(answer.get("error", ""))) if status == 400 else None
-    return int(found[1]) if found else None
+async def _find_num_speculative_tokens(session: aiohttp.ClientSession) -> int | None:
+    async with session.get("metrics") as response:
+        info = LayerSkipInfo.read(text_string_to_metric_families(await response.text()))
+    return None if info is None else info.num_speculative_tokens
 
 
 async def _tokenize(

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from layerskip_vllm.tools.soak.client import End, Outcome
+from layerskip_vllm.tools.soak.config import SoakConfig
 from layerskip_vllm.tools.soak.run import Soak
 from layerskip_vllm.tools.soak.tally import Row
 
@@ -47,7 +48,7 @@ def to_json(soak: Soak) -> dict[str, Any]:
         "model": soak.service.model,
         "max_model_len": soak.service.max_model_len,
         "num_speculative_tokens": soak.service.num_speculative_tokens,
-        "config": asdict(soak.config),
+        "config": soak.config.model_dump(include=set(SoakConfig.model_fields)),
         "seconds": soak.seconds,
         "is_interrupted": soak.is_interrupted,
         "is_passed": soak.is_passed,

@@ -14,58 +14,15 @@ import aiohttp
 from layerskip_vllm.tools.server.service import Service, open_session
 from layerskip_vllm.tools.soak.checks import Check, check_all
 from layerskip_vllm.tools.soak.client import End, send
+from layerskip_vllm.tools.soak.config import SoakConfig
 from layerskip_vllm.tools.soak.monitor import Look, Monitor
 from layerskip_vllm.tools.soak.questions import Question
 from layerskip_vllm.tools.soak.tally import Tally
-from layerskip_vllm.tools.soak.traffic import KINDS, Request, Traffic
+from layerskip_vllm.tools.soak.traffic import Request, Traffic
 
 _IDLE_TIMEOUT_S = 60.0
 # After a fault: a server that is gone would refuse thousands of requests a second.
 _PAUSE_S = 1.0
-
-
-@dataclass(frozen=True)
-class SoakConfig:
-    """What the user asks for.
-
-    Attributes:
-        minutes: How long requests are sent.
-        num_requests: How many requests are sent at most; None for as many as the time allows.
-        kinds: Which kinds of `traffic.KINDS` are sent; all of them if empty.
-        concurrency: Requests open at once.
-        num_questions: Different greedy questions.
-        seed: Of the questions and the traffic.
-        timeout_s: Seconds in which a request must end.
-        max_faults: Faults after which the run stops.
-        pid: The server's first process, to watch its memory; None where it is elsewhere.
-        max_growth_mib: Most MiB by which a warm server may grow.
-        interval_s: Seconds between looks at the server.
-    """
-
-    minutes: float = 30.0
-    num_requests: int | None = None
-    kinds: tuple[str, ...] = ()
-    concurrency: int = 16
-    num_questions: int = 200
-    seed: int = 0
-    timeout_s: float = 300.0
-    max_faults: int = 100
-    pid: int | None = None
-    max_growth_mib: float = 64.0
-    interval_s: float = 5.0
-
-    def __post_init__(self) -> None:
-        for name in ("minutes", "timeout_s", "max_growth_mib", "interval_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
-        for name, least in (("concurrency", 1), ("num_questions", 10), ("max_faults", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
-        if self.num_requests is not None and self.num_requests < 1:
-            raise ValueError(f"num_requests is {self.num_requests}; it must be at least 1.")
-        for kind in self.kinds:
-            if kind not in KINDS:
-                raise ValueError(f"kinds has {kind!r}; it can have {', '.join(KINDS)}.")
 
 
 @dataclass

@@ -1,55 +1,54 @@
-"""What `layerskip-vllm verify` is asked to do."""
+"""What `layerskip-vllm verify` is asked to do: options of its command line."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Self
 
-from layerskip_vllm.checkpoint.checks import check_positive_int
+from pydantic import Field, model_validator
 
-MIN_NUM_SAMPLES = 100
+from layerskip_vllm.checkpoint.validation import Settings
+from layerskip_vllm.tools.command_line import Option
+
 # `verify` sets these itself, each run its own.
 _RESERVED = ("model", "speculative_config", "seed", "dtype", "tensor_parallel_size")
 
 
-@dataclass(frozen=True)
-class VerifyConfig:
-    """The engines to compare and what to ask of them.
+class VerifyConfig(Settings):
+    """The engines to compare and what to ask of them."""
 
-    Attributes:
-        model: A checkpoint's folder or name.
-        speculative: vLLM's `speculative_config`, without `method`.
-        dtype: The dtype of all runs; `auto` is the checkpoint's own.
-        tensor_parallel_size: The devices of an engine.
-        engine: More arguments of vLLM's `LLM`.
-        num_prompts: Prompts to complete greedily; the first of them are sampled from too.
-        num_prompt_tokens: The most tokens of a prompt.
-        max_tokens: Tokens of a greedy completion.
-        num_samples: Completions to sample from each prompt that is sampled from.
-    """
+    model: Annotated[str, Option(metavar="MODEL", is_positional=True)] = Field(
+        description="a checkpoint's folder or name"
+    )
+    speculative: Annotated[dict[str, Any], Option(flag="--speculative-config")] = Field(
+        default={},
+        description="more of vLLM's speculative settings, such as "
+        '\'{"draft_sample_method": "probabilistic"}\'',
+    )
+    dtype: Annotated[str, Option(metavar="DTYPE")] = Field(
+        default="auto",
+        description="of all runs: float32 is the strictest, auto the checkpoint's own",
+    )
+    tensor_parallel_size: int = Field(default=1, ge=1, description="GPUs of an engine")
+    engine: Annotated[dict[str, Any], Option(flag="--engine-args")] = Field(
+        default={},
+        description="more arguments of vLLM's LLM for all runs, such as "
+        "'{\"max_model_len\": 4096}'",
+    )
+    num_prompts: int = Field(
+        default=16,
+        ge=1,
+        description="prompts to complete greedily, the first four of which are sampled from too",
+    )
+    num_prompt_tokens: int = Field(default=64, ge=1, description="most tokens of a prompt")
+    max_tokens: int = Field(default=64, ge=1, description="tokens of a greedy completion")
+    num_samples: int = Field(
+        default=400,
+        ge=100,  # fewer say nothing of a distribution
+        description="samples of each prompt that is sampled from",
+    )
 
-    model: str
-    speculative: Mapping[str, Any] = field(default_factory=dict)
-    dtype: str = "auto"
-    tensor_parallel_size: int = 1
-    engine: Mapping[str, Any] = field(default_factory=dict)
-    num_prompts: int = 16
-    num_prompt_tokens: int = 64
-    max_tokens: int = 64
-    num_samples: int = 400
-
-    def __post_init__(self) -> None:
-        for name in (
-            *("tensor_parallel_size", "num_prompts", "num_prompt_tokens"),
-            *("max_tokens", "num_samples"),
-        ):
-            check_positive_int(name, getattr(self, name))
-        if self.num_samples < MIN_NUM_SAMPLES:
-            raise ValueError(
-                f"num_samples is {self.num_samples}; it must be at least {MIN_NUM_SAMPLES}, for "
-                "the test on distributions to mean anything."
-            )
+    @model_validator(mode="after")
+    def _check_settings_of_vllm(self) -> Self:
         for name in _RESERVED:
             if name in self.engine:
                 raise ValueError(
@@ -61,3 +60,4 @@ class VerifyConfig:
                 f"speculative_config has method {self.speculative['method']!r}; leave it out, it "
                 "is layerskip."
             )
+        return self

@@ -86,7 +86,7 @@ def to_json(config: VerifyConfig, drafted: Result, verdict: Verdict) -> dict[str
         "false_alarm": FALSE_ALARM,
         "comparisons": {name: asdict(c) for name, c in verdict.comparisons.items()},
         "setting": {
-            **asdict(config),
+            **config.model_dump(include=set(VerifyConfig.model_fields)),
             "runner": drafted.runner,
             "device": drafted.device,
             "dtype": drafted.dtype,

@@ -1,11 +1,10 @@
-"""What one engine said, as `engine_run` wrote it."""
+"""What one engine is asked, and what it said."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,6 +18,30 @@ class Completion:
 
     token_ids: tuple[int, ...]
     logprobs: tuple[Mapping[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an engine is to do.
+
+    Attributes:
+        engine: The arguments of vLLM's `LLM`.
+        prompts: The prompts.
+        num_prompt_tokens: The tokens to which they are cut.
+        is_reversed: Whether they come last first and in two halves, so that batches have other
+            shapes.
+        accepts_everything: Whether verification is taken out of Model Runner V1.
+        max_tokens: Tokens of a greedy completion.
+        num_samples: Samples of each prompt that is sampled from.
+    """
+
+    engine: Mapping[str, Any]
+    prompts: Sequence[str]
+    num_prompt_tokens: int
+    is_reversed: bool
+    accepts_everything: bool
+    max_tokens: int
+    num_samples: int
 
 
 @dataclass(frozen=True)
@@ -53,27 +76,3 @@ class Result:
         if self.num_draft_tokens == 0:
             return None
         return self.num_accepted_tokens / self.num_draft_tokens
-
-
-def read_result(path: Path) -> Result:
-    """Read what `engine_run` wrote.
-
-    Args:
-        path: The file.
-
-    Returns:
-        What the engine gave.
-    """
-    fields = json.loads(path.read_text())
-    greedy = tuple(
-        Completion(
-            tuple(completion["token_ids"]),
-            tuple(
-                {int(token_id): logprob for token_id, logprob in position.items()}
-                for position in completion["logprobs"]
-            ),
-        )
-        for completion in fields.pop("greedy")
-    )
-    samples = tuple(tuple(map(tuple, sample)) for sample in fields.pop("samples"))
-    return Result(**fields, greedy=greedy, samples=samples)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from layerskip_vllm.tools.engine_process import EngineProcess, JobError
 from layerskip_vllm.tools.verify.config import VerifyConfig
-from layerskip_vllm.tools.verify.results import Result, read_result
+from layerskip_vllm.tools.verify.results import Job, Result
 
 # Plain vLLM, the floor: plain vLLM again, drafts, and drafts that nothing verifies.
 PLAIN, FLOOR, DRAFTED, UNVERIFIED = RUNS = ("plain", "floor", "layerskip", "unverified")
 
-NUM_SAMPLED_PROMPTS = 4
-# The first comes from the prompt; a draft and its verification follow.
-NUM_SAMPLED_TOKENS = 6
+_NUM_LOG_LINES = 3
 
 
 def run_all(
@@ -32,7 +27,7 @@ def run_all(
     Args:
         config: What to run.
         prompts: The prompts.
-        folder: Where jobs, results and logs go.
+        folder: Where logs go.
         track: Called with the name of each run as it starts.
 
     Returns:
@@ -55,8 +50,8 @@ def make_job(
     config: VerifyConfig,
     prompts: Sequence[str],
     drafted: Result | None = None,
-) -> dict[str, Any]:
-    """Say what an engine is to do; see `engine_run.run`.
+) -> Job:
+    """Say what an engine is to do.
 
     Args:
         name: One of `RUNS`.
@@ -87,26 +82,24 @@ def make_job(
                 "rejection_sample_method": "synthetic",
                 "synthetic_acceptance_rates": rates,
             }
-    return {
-        "engine": engine,
-        "prompts": list(prompts),
-        "num_prompt_tokens": config.num_prompt_tokens,
-        "is_reversed": name == FLOOR,
-        "accepts_everything": accepts_everything,
-        "max_tokens": config.max_tokens,
-        "num_sampled_prompts": NUM_SAMPLED_PROMPTS,
-        "num_samples": config.num_samples,
-        "num_sampled_tokens": NUM_SAMPLED_TOKENS,
-    }
+    return Job(
+        engine=engine,
+        prompts=prompts,
+        num_prompt_tokens=config.num_prompt_tokens,
+        is_reversed=name == FLOOR,
+        accepts_everything=accepts_everything,
+        max_tokens=config.max_tokens,
+        num_samples=config.num_samples,
+    )
 
 
-def run_engine(name: str, job: dict[str, Any], folder: Path) -> Result:
+def run_engine(name: str, job: Job, folder: Path) -> Result:
     """Run an engine in a process of its own and wait for its end, which frees its memory.
 
     Args:
-        name: What its files are called.
+        name: What its log is called.
         job: What it is to do.
-        folder: Where they go.
+        folder: Where the log goes.
 
     Returns:
         What it gave.
@@ -114,32 +107,17 @@ def run_engine(name: str, job: dict[str, Any], folder: Path) -> Result:
     Raises:
         ValueError: If it fails.
     """
-    job_path, result_path, log_path = (
-        folder / f"{name}.{suffix}" for suffix in ("job.json", "result.json", "log")
-    )
-    job_path.write_text(json.dumps(job, indent=2))
-    result_path.unlink(missing_ok=True)
-    environment = {
+    env = {
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
-    with log_path.open("wb") as log:
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "layerskip_vllm.tools.verify.engine_run"),
-                *(str(job_path), str(result_path)),
-            ],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    if done.returncode != 0 or not result_path.exists():
-        end = log_path.read_text(errors="replace").strip().splitlines()[-3:]
-        raise ValueError(
-            f"the {name} run failed with exit status {done.returncode}; {log_path} ends:\n  "
-            + "\n  ".join(end)
-        )
-    return read_result(result_path)
+    process = EngineProcess(name, folder / f"{name}.log", env)
+    try:
+        with process:
+            result: Result = process.run("layerskip_vllm.tools.verify.engine_run:complete", job)
+            return result
+    except JobError as error:
+        end = "\n  ".join(process.log.strip().splitlines()[-_NUM_LOG_LINES:])
+        raise ValueError(f"the {name} run failed; {process.log_path} ends:\n  {end}") from error

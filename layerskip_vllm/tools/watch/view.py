@@ -1,48 +1,55 @@
-"""Draws an interval for the terminal."""
+"""Draws what a server does for the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from layerskip_vllm.tools.server.metrics import Interval, SpecDecodeCounters
+from layerskip_vllm.tools.server.metrics import Interval, LayerSkipInfo, SpecDecodeCounters
 from layerskip_vllm.tools.speedup_bound import bound_speedup
 
 BAR_WIDTH = 30
 
 
-def draw(
-    url: str, now: Interval, since_start: Interval | None, draft_share: float | None
-) -> RenderableType:
-    """Draws what a server does.
+def draw(url: str, intervals: Sequence[Interval], draft_share: float | None) -> RenderableType:
+    """Draw what a server does.
 
     Args:
         url: The server's address.
-        now: The last interval.
-        since_start: Since watching began, if that is longer.
+        intervals: The last interval, and that since watching began, if it is longer.
         draft_share: What a draft step reads, as a share of what a step of the whole model does;
             None if it is not known, and with it the bound on the speed-up.
 
     Returns:
         A panel.
     """
-    columns = [now] if since_start is None else [now, since_start]
-    heading = [f"last {interval.seconds:.0f} s" for interval in columns]
+    heading = [f"last {interval.seconds:.0f} s" for interval in intervals]
     table = Table("", *heading, box=None, pad_edge=False)
     for name, show in _ROWS:
-        table.add_row(name, *(show(interval) for interval in columns))
-    table.add_row("accepted of drafted", *(_show_acceptance(i.drafting) for i in columns))
-    table.add_row("mean acceptance length", *(_show_length(i.drafting) for i in columns))
-    table.add_row("bound on speed-up", *(_show_bound(i.drafting, draft_share) for i in columns))
-    parts: list[RenderableType] = [table]
-    drafting = next((i.drafting for i in columns if i.drafting is not None), None)
-    parts += [Text(), _draw_positions(drafting) if drafting else Text("nothing drafted yet")]
+        table.add_row(name, *map(show, intervals))
+    drafts = [interval.drafting for interval in intervals]
+    table.add_row("accepted of drafted", *map(_show_acceptance, drafts))
+    table.add_row("mean acceptance length", *map(_show_length, drafts))
+    table.add_row("bound on speed-up", *(_show_bound(each, draft_share) for each in drafts))
+    drafting = next((each for each in drafts if each is not None), None)
+    positions = _draw_positions(drafting) if drafting else Text("nothing drafted yet")
+    parts: list[RenderableType] = [table, Text(), positions]
+    if (info := intervals[0].end.info) is not None:
+        parts.insert(0, Text(_describe_info(info)))
     return Panel(Group(*parts), title=f"layerskip on {url}", expand=False)
+
+
+def _describe_info(info: LayerSkipInfo) -> str:
+    adapter = f"\nexit adapter {info.exit_adapter}" if info.exit_adapter else ""
+    return (
+        f"layers [0, {info.exit_layer}) of {info.num_layers} draft "
+        f"{info.num_speculative_tokens} tokens{adapter}\n"
+        f"E is from {info.exit_layer_source}, K from {info.num_speculative_tokens_source}\n"
+    )
 
 
 _ROWS: tuple[tuple[str, Callable[[Interval], str]], ...] = (
@@ -80,6 +87,6 @@ def _show_bound(drafting: SpecDecodeCounters | None, draft_share: float | None) 
 def _draw_positions(drafting: SpecDecodeCounters) -> Table:
     table = Table("position", "accepted", "", box=None, pad_edge=False)
     for position, share in enumerate(drafting.acceptance_by_position, start=1):
-        bar: Any = Text("█" * round(BAR_WIDTH * share), style="green")
+        bar = Text("█" * round(BAR_WIDTH * share), style="green")
         table.add_row(str(position), f"{share:.0%}", bar)
     return table

@@ -81,7 +81,7 @@ def test_doctor_says_what_it_would_pick_when_a_checkpoint_is_named(
     assert picked["layers"] == 8
     assert (picked["exit_layer"], picked["num_speculative_tokens"]) == (3, 5)
     assert picked["exit_layer from"] == "the checkpoint's config.json"
-    assert picked["num_speculative_tokens from"] == "the command line"
+    assert picked["num_speculative_tokens from"] == "the user"
     assert picked["shares from"] == "the headers of the safetensors files"
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from layerskip_vllm.checkpoint.validation import parse
 from layerskip_vllm.tools.exits.config import ExitsConfig
 from layerskip_vllm.tools.exits.measure import (
     find_eos_token_ids,
@@ -126,7 +127,7 @@ def test_report_is_what_its_parts_give_when_measured_one_at_a_time():
 )
 def test_config_is_refused_when_a_number_is_bad(fields, message):
     with pytest.raises(ValueError, match=message):
-        ExitsConfig(**fields)
+        parse(ExitsConfig, fields)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,11 @@ vllm:spec_decode_num_drafts_total{{engine="0"}} {drafts}
 vllm:spec_decode_num_draft_tokens_total{{engine="0"}} {drafts}
 vllm:spec_decode_num_accepted_tokens_total{{engine="0"}} {drafts}
 """
+INFO = f"""\
+vllm:layerskip_info{{engine="0",exit_layer="6",exit_layer_source="the user",\
+num_speculative_tokens="{K}",num_speculative_tokens_source="the user",\
+num_layers="24",exit_adapter=""}} 1.0
+"""
 
 
 def behave(index: int, body: Mapping[str, Any]) -> str:
@@ -76,7 +81,7 @@ class FakeServer:
             tokens=self.num_tokens,
             drafts=self.num_tokens if self.drafts else 0,
         )
-        return web.Response(text=text)
+        return web.Response(text=text + INFO if self.drafts else text)
 
     async def _refuse_chat(self, request: web.Request) -> web.Response:
         return refuse("there is no chat template")
@@ -89,9 +94,6 @@ class FakeServer:
         if not isinstance(body, dict):
             return refuse("no object")
         self.bodies.append(body)
-        xargs = str(body.get("vllm_xargs", ""))
-        if self.drafts and "-1" in xargs:
-            return refuse(f"it must be an integer from 0, which turns drafting off, to {K}")
         fault = self.misbehave(self.num_asked, body)
         self.num_asked += 1
         if is_wrong(body) or is_too_long(body):

@@ -11,9 +11,10 @@ import pytest
 from layerskip_vllm.tools.server.service import inspect
 from layerskip_vllm.tools.soak import monitor
 from layerskip_vllm.tools.soak.client import End
+from layerskip_vllm.tools.soak.config import SoakConfig
 from layerskip_vllm.tools.soak.questions import make_questions
 from layerskip_vllm.tools.soak.reference import ask_plain
-from layerskip_vllm.tools.soak.run import Soak, SoakConfig, run_soak
+from layerskip_vllm.tools.soak.run import Soak, run_soak
 from tests.unit.tools.soak.fake_server import FakeServer, Misbehaviour, behave
 
 
@@ -25,7 +26,7 @@ def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 def soak(server: FakeServer, **settings: Any) -> Soak:
     """Soak a fake server, with the answers of one that does nothing wrong."""
     config = SoakConfig(
-        **{"num_requests": 150, "concurrency": 4, "num_questions": 20, "timeout_s": 5, **settings}
+        **{"num_requests": 150, "concurrency": 4, "num_questions": 20, "timeout_s": 5.0, **settings}
     )
 
     async def run() -> Soak:

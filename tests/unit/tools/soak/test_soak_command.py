@@ -128,10 +128,10 @@ def test_command_reports_what_it_has_when_interrupted_between_faults(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--minutes=0"], "minutes is 0.0; it must be above 0"),
-        (["--requests=0"], "num_requests is 0; it must be at least 1"),
-        (["--concurrency=0"], "concurrency is 0; it must be at least 1"),
-        (["--questions=3"], "num_questions is 3; it must be at least 10"),
+        (["--minutes=0"], "minutes is 0.0; it must be a number above 0"),
+        (["--requests=0"], "num_requests is 0; it must be an integer of at least 1"),
+        (["--concurrency=0"], "concurrency is 0; it must be an integer of at least 1"),
+        (["--questions=3"], "num_questions is 3; it must be an integer of at least 10"),
         (["--kinds", "greedy"], "kinds has 'greedy'; it can have question, one candidate"),
         (["--reference", "missing.json"], "missing.json"),
         (["--pid", "999999999"], "there is no process 999999999"),

@@ -136,7 +136,7 @@ def test_watch_prints_the_interval_when_told_to_look_once(
             "--exit-layer is 0; it must be from 1 to 24.",
         ),
         (["{url}/v1"], "answers 404; it must be a vLLM server's address"),
-        (["{url}", "--interval", "0"], "--interval is 0.0; it must be above 0 seconds."),
+        (["{url}", "--interval", "0"], "interval is 0.0; it must be a number above 0."),
         (["{url}", "--exit-layer", "4"], "--exit-layer is for --model, which is not given"),
         (["{url}", "--model", "nowhere"], "--model is 'nowhere', which is no folder"),
         (
