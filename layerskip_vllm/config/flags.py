@@ -60,24 +60,23 @@ def fold_settings(args: argparse.Namespace) -> argparse.Namespace:
     """Move layerskip's own settings from their flags into the speculative config.
 
     Args:
-        args: The parsed command line; left as it is.
+        args: The parsed command line, changed in place: `vllm serve` sends it on to its API
+            servers, if there are several, which make engine arguments of it before any plugin is
+            loaded.
 
     Returns:
-        `args`, or a copy of them with the settings moved.
+        `args`.
 
     Raises:
         ValueError: If a flag is given without layerskip, or against the speculative config.
     """
-    flags = FLAG_OF_SETTING.items()
-    values = {key: vars(args).get(flag[2:].replace("-", "_")) for key, flag in flags}
-    folded = {key: value for key, value in values.items() if value is not None}
-    if not folded:
-        return args
-    config = dict(getattr(args, "speculative_config", None) or {})
-    is_asked_for = METHOD in _names_of_method(args, config)
-    for key, value in folded.items():
-        flag = FLAG_OF_SETTING[key]
-        if not is_asked_for:
+    for key, flag in FLAG_OF_SETTING.items():
+        name = flag.removeprefix("--").replace("-", "_")
+        value = getattr(args, name, None)
+        if value is None:
+            continue
+        config = dict(getattr(args, "speculative_config", None) or {})
+        if METHOD not in _names_of_method(args, config):
             raise ValueError(
                 f"{flag} is {value}, but the speculative method is not layerskip; "
                 "add --speculative-model=layerskip or leave the flag out."
@@ -86,7 +85,9 @@ def fold_settings(args: argparse.Namespace) -> argparse.Namespace:
             raise ValueError(
                 f"{flag} and --speculative-config[{key!r}] are mutually exclusive; leave one out."
             )
-    return argparse.Namespace(**{**vars(args), "speculative_config": {**config, **folded}})
+        args.speculative_config = {**config, key: value}
+        setattr(args, name, None)
+    return args
 
 
 def is_layerskip(args: EngineArgs) -> bool:

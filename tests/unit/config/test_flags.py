@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,23 @@ def test_flag_names_the_exit_adapter_when_given(parse: Parse, tmp_path: Path, fl
     config = parse("--speculative-model=layerskip", *flag.format(folder).split())
     assert chosen(config) == (3, 5)
     assert config.exit_adapter == str(folder)
+
+
+def test_flags_reach_an_api_server_when_it_has_no_plugins_yet(
+    parser: argparse.ArgumentParser, write_model: Callable[..., str]
+) -> None:
+    """With several of them, each makes its engine arguments of what the first process parsed."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    flags = ["--speculative-model=layerskip", "--spec-exit-layer=3", "--spec-exit-adapter=there"]
+    args = parser.parse_args(["serve", write_model("llama"), *flags])
+    AsyncEngineArgs.from_cli_args(args)
+    without_hook = AsyncEngineArgs.from_cli_args.__func__.__wrapped__
+    for _ in range(2):
+        args = pickle.loads(pickle.dumps(args))
+        engine_args = without_hook(AsyncEngineArgs, args)
+        assert engine_args.speculative_config == {"exit_layer": 3, "exit_adapter": "there"}
+        AsyncEngineArgs.from_cli_args(args)  # in the hands of a plugin again, it stays so
 
 
 @pytest.mark.parametrize(
