@@ -225,11 +225,13 @@ def read_tree(text: str, assignments: list[str]) -> dict[str, Any]:
             its path goes through something that has no such part.
     """
     try:
-        config = OmegaConf.load(io.StringIO(text))
-    except (yaml.YAMLError, OSError, OmegaConfBaseException) as error:
+        config: Any = OmegaConf.load(io.StringIO(text))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"The config is not YAML: {error}") from error
+    except OSError:  # a number alone
+        config = None
     if not isinstance(config, DictConfig):
-        raise ValueError(f"The config is {config}; it must be a mapping of sections.")
+        raise ValueError(f"The config is {text[:40]!r}; it must be a mapping of sections.")
     for assignment in assignments:
         _assign(config, assignment)
     return cast(dict[str, Any], OmegaConf.to_container(config))

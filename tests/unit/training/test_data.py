@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from layerskip_vllm.checkpoint.validation import parse
 from layerskip_vllm.training.data import DataConfig, collate, load_rows
 from layerskip_vllm.training.data_sources import DataSource
 from tests.support.checkpoints import EOS_TOKEN_ID, make_checkpoint
@@ -26,11 +27,6 @@ TOPV2 = [
 def tokenizer(tmp_path_factory):
     path = make_checkpoint(tmp_path_factory.mktemp("data") / "model", num_hidden_layers=1)
     return transformers.AutoTokenizer.from_pretrained(path)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def load(
@@ -61,7 +57,7 @@ def write(path: Path, text: str) -> str:
 def test_texts_share_rows_of_one_length_when_packed(tmp_path, tokenizer, streaming):
     texts = ["first text", "two", "third\ntext, longer"]
     lines = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts))
-    source = DataSource(write(tmp_path / "a.jsonl", lines))
+    source = DataSource(path=write(tmp_path / "a.jsonl", lines))
 
     rows = load(tokenizer, source, streaming=streaming)
 
@@ -79,7 +75,7 @@ def test_every_file_is_one_text_when_files_have_no_columns(tmp_path, tokenizer):
     write(tmp_path / "src/b.py", "def f():\n\n    return 1\n")
     write(tmp_path / "src/deep/a.py", "x = 2\n")
 
-    rows = load(tokenizer, DataSource(str(tmp_path / "src/**/*.py")))
+    rows = load(tokenizer, DataSource(path=str(tmp_path / "src/**/*.py")))
 
     assert decode(tokenizer, rows) == "def f():\n\n    return 1\n<eos>x = 2\n<eos>"
 
@@ -95,7 +91,7 @@ def test_code_is_read_from_its_column_when_compressed(tmp_path, tokenizer):
     with gzip.open(path, "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
-    assert decode(tokenizer, load(tokenizer, DataSource(str(path), text="content"))) == (
+    assert decode(tokenizer, load(tokenizer, DataSource(path=str(path), text="content"))) == (
         "print(1)\n<eos>"
     )
 
@@ -113,20 +109,20 @@ def test_topv2_learns_the_parse_alone_when_read_in_its_formats(tmp_path, tokeniz
     else:
         table.to_parquet(path)
     source = DataSource(
-        str(path), split="eval", prompt="{utterance}\n", completion="{semantic_parse}"
+        path=str(path), split="eval", prompt="{utterance}\n", completion="{semantic_parse}"
     )
 
     rows = load(tokenizer, source, seq_len=100, packing=False)
 
-    for row, (_, utterance, parse) in zip(rows, TOPV2, strict=True):
-        assert tokenizer.decode(row["input_ids"]) == f"{utterance}\n{parse}<eos>"
+    for row, (_, utterance, answer) in zip(rows, TOPV2, strict=True):
+        assert tokenizer.decode(row["input_ids"]) == f"{utterance}\n{answer}<eos>"
         assert row["labels"].count(-100) == len(utterance) + 1
-        assert decode(tokenizer, [row]) == f"{parse}<eos>"
+        assert decode(tokenizer, [row]) == f"{answer}<eos>"
 
 
 def test_template_takes_a_part_of_a_column_when_it_is_nested(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", '{"q": "why", "answers": {"text": ["so"]}}\n')
-    source = DataSource(path, prompt="{q}?", completion="{answers[text][0]}")
+    source = DataSource(path=path, prompt="{q}?", completion="{answers[text][0]}")
 
     assert decode(tokenizer, load(tokenizer, source)) == "so<eos>"
 
@@ -134,7 +130,7 @@ def test_template_takes_a_part_of_a_column_when_it_is_nested(tmp_path, tokenizer
 def test_rows_are_cut_and_dropped_when_longer_than_the_limit(tmp_path, tokenizer):
     rows = [{"q": "12", "a": "345678"}, {"q": "123456", "a": "7"}]
     path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    source = DataSource(path, prompt="{q}", completion="{a}")
+    source = DataSource(path=path, prompt="{q}", completion="{a}")
 
     rows = load(tokenizer, source, seq_len=5, packing=False)
 
@@ -154,8 +150,8 @@ def test_special_tokens_are_there_once_when_the_tokenizer_adds_its_own(tmp_path,
     path = write(tmp_path / "a.jsonl", json.dumps({"text": "ab", "q": "c", "a": "d"}) + "\n")
     a, b, c, d = (tokenizer(letter)["input_ids"][0] for letter in "abcd")
 
-    (text,) = load(Wrapping(), DataSource(path), seq_len=4)
-    (pair,) = load(Wrapping(), DataSource(path, prompt="{q}", completion="{a}"), seq_len=4)
+    (text,) = load(Wrapping(), DataSource(path=path), seq_len=4)
+    (pair,) = load(Wrapping(), DataSource(path=path, prompt="{q}", completion="{a}"), seq_len=4)
 
     assert text["input_ids"] == [1, a, b, EOS_TOKEN_ID]
     assert pair["input_ids"] == [1, c, d, EOS_TOKEN_ID]
@@ -165,7 +161,7 @@ def test_special_tokens_are_there_once_when_the_tokenizer_adds_its_own(tmp_path,
 @pytest.mark.parametrize("streaming", [False, True])
 def test_rows_come_from_sources_by_weight_when_weights_are_given(tmp_path, tokenizer, streaming):
     sources = [
-        DataSource(write(tmp_path / f"{letter}.txt", letter * 8 * 300), weight=weight)
+        DataSource(path=write(tmp_path / f"{letter}.txt", letter * 8 * 300), weight=weight)
         for letter, weight in (("a", 3.0), ("b", 1.0))
     ]
     rows = load(tokenizer, *sources, streaming=streaming)
@@ -175,13 +171,13 @@ def test_rows_come_from_sources_by_weight_when_weights_are_given(tmp_path, token
 
 
 def test_sources_follow_one_another_when_there_are_no_weights(tmp_path, tokenizer):
-    sources = [DataSource(write(tmp_path / f"{letter}.txt", letter * 7)) for letter in "ba"]
+    sources = [DataSource(path=write(tmp_path / f"{letter}.txt", letter * 7)) for letter in "ba"]
 
     assert decode(tokenizer, load(tokenizer, *sources)) == "bbbbbbb<eos>aaaaaaa<eos>"
 
 
 def test_changed_file_is_read_anew_when_its_path_is_the_same(tmp_path, tokenizer):
-    source = DataSource(write(tmp_path / "a.txt", "one"))
+    source = DataSource(path=write(tmp_path / "a.txt", "one"))
     load(tokenizer, source)
     write(tmp_path / "a.txt", "another")
 
@@ -218,35 +214,35 @@ def test_load_refuses_a_tokenizer_without_an_end_of_text_token(tmp_path, tokeniz
     bare = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
 
     with pytest.raises(ValueError, match="no eos_token"):
-        load(bare, DataSource(write(tmp_path / "a.txt", "x")))
+        load(bare, DataSource(path=write(tmp_path / "a.txt", "x")))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train": ()}, "train is empty"),
-        ({"seq_len": 0}, "seq_len is 0; it must be an integer of at least 1"),
-        ({"seq_len": 1}, "seq_len is 1; it must be at least 2"),
+        ({"train": []}, r"train is \[\]; it must be a list of at least 1"),
+        ({"seq_len": 0}, "seq_len is 0; it must be an integer of at least 2"),
+        ({"seq_len": 1}, "seq_len is 1; it must be an integer of at least 2"),
         ({"num_processes": 0}, "num_processes is 0"),
-        ({"train": (DataSource("a", weight=1.0), DataSource("b"))}, r"weights \[1.0, None\]"),
-        ({"train": (DataSource("a"), DataSource("b")), "streaming": True}, "weights"),
+        ({"train": [{"path": "a", "weight": 1.0}, {"path": "b"}]}, r"weights \[1.0, None\]"),
+        ({"train": [{"path": "a"}, {"path": "b"}], "streaming": True}, "weights"),
     ],
 )
 def test_data_config_names_the_field_when_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
-        DataConfig(**{"train": (DataSource("a"),), "seq_len": 8, **settings})
+        parse(DataConfig, {"train": [{"path": "a"}], "seq_len": 8, **settings})
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"prompt": "{a}"}, "prompt is '{a}' and completion is None"),
-        ({"weight": 0.0}, "weight is 0.0; it must be above 0"),
+        ({"weight": 0.0}, "weight is 0.0; it must be a number above 0"),
     ],
 )
 def test_data_source_names_the_field_when_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
-        DataSource("a", **settings)
+        parse(DataSource, {"path": "a", **settings})
 
 
 def test_collate_fills_up_on_the_right_when_lengths_differ():

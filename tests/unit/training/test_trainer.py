@@ -3,96 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
 
-from layerskip_vllm.training.exit_adapter import ExitAdapterSettings, ExitAdapterTrainer
 from layerskip_vllm.training.layer_dropout import LayerDropout
 from layerskip_vllm.training.settings import LayerSkipSettings
 from layerskip_vllm.training.trainer import LayerSkipTrainer
-from tests.support.checkpoints import CONFIGS, VOCAB_SIZE
+from tests.support.checkpoints import VOCAB_SIZE
+from tests.support.training import (
+    NUM_LAYERS,
+    make_args,
+    make_model,
+    make_trainer,
+    step_logs,
+    weights_equal,
+)
 
-NUM_LAYERS = 4
-SMALL = {"num_hidden_layers": NUM_LAYERS, "hidden_size": 32, "intermediate_size": 48}
 RECIPE = LayerSkipSettings(
     max_drop_prob=0.5, time_schedule="exponential", e_scale=1.0, rotation=3, exit_layer=2
 )
+
+
 OFF = LayerSkipSettings(max_drop_prob=0.0, e_scale=0.0, rotation=4)
-
-
-def make_model() -> transformers.PreTrainedModel:
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"](**SMALL)).float()
-
-
-def make_rows(num_rows: int = 16, seq_len: int = 10) -> list[dict[str, torch.Tensor]]:
-    """Rows with different numbers of labels."""
-    generator = torch.Generator().manual_seed(2)
-    rows = []
-    for i in range(num_rows):
-        token_ids = torch.randint(2, VOCAB_SIZE, (seq_len,), generator=generator)
-        labels = token_ids.clone()
-        labels[: i % 7] = -100
-        rows.append({"input_ids": token_ids, "labels": labels})
-    return rows
-
-
-def make_args(path: Path, **arguments: Any) -> transformers.TrainingArguments:
-    defaults: dict[str, Any] = {
-        "output_dir": str(path),
-        "use_cpu": True,
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.01,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-    return transformers.TrainingArguments(**defaults | arguments)
-
-
-def make_trainer(
-    path: Path,
-    settings: LayerSkipSettings | ExitAdapterSettings | None,
-    model: Any = None,
-    **arguments: Any,
-) -> transformers.Trainer:
-    """With LayerSkip or an exit adapter, or the plain one when `settings` is None."""
-    given = {
-        "model": model or make_model(),
-        "args": make_args(path, **arguments),
-        "train_dataset": make_rows(),
-        "eval_dataset": make_rows(5),
-    }
-    if settings is None:
-        return transformers.Trainer(**given)
-    if isinstance(settings, ExitAdapterSettings):
-        return ExitAdapterTrainer(**given, settings=settings)
-    return LayerSkipTrainer(**given, settings=settings)
-
-
-def step_logs(trainer: transformers.Trainer) -> list[dict[str, float]]:
-    """The steps' losses, without what depends on the clock."""
-    return [
-        {k: v for k, v in entry.items() if k.startswith("loss") or k in ("step", "grad_norm")}
-        for entry in trainer.state.log_history
-        if "loss" in entry
-    ]
-
-
-def weights_equal(first: torch.nn.Module, second: torch.nn.Module) -> bool:
-    pairs = zip(first.state_dict().items(), second.state_dict().items(), strict=True)
-    return all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in pairs)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -225,49 +160,6 @@ def test_evaluation_is_the_plain_models_when_training(tmp_path):
     assert not any("exit" in key for entry in evaluated for key in entry)
 
 
-class Steps(transformers.TrainerCallback):
-    """The steps that a trainer has really done."""
-
-    def __init__(self):
-        self.begun = []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.begun.append(state.global_step)
-
-
-@pytest.mark.parametrize("curriculum", ["rotational", "gradual"])
-def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, curriculum):
-    """The run is stopped in an epoch, in a turn of the curriculum and between two checkpoints."""
-    settings = LayerSkipSettings(
-        max_drop_prob=0.5,
-        time_schedule="exponential",
-        e_scale=1.0,
-        rotation=3,
-        curriculum=curriculum,
-    )
-    arguments = {"save_strategy": "steps", "save_steps": 5, "max_steps": 14}
-
-    class Stop(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 7:
-                raise KeyboardInterrupt
-
-    whole = make_trainer(tmp_path / "whole", settings, **arguments)
-    whole.train()
-    killed = make_trainer(tmp_path / "resumed", settings, **arguments)
-    killed.add_callback(Stop())
-    with pytest.raises(KeyboardInterrupt):
-        killed.train()
-    resumed = make_trainer(tmp_path / "resumed", settings, **arguments)
-    resumed.add_callback(steps := Steps())
-    resumed.train(resume_from_checkpoint=True)
-
-    assert steps.begun == list(range(5, 14))
-    assert step_logs(resumed) == step_logs(whole)
-    assert len(step_logs(whole)) == 14
-    assert weights_equal(resumed.model, whole.model)
-
-
 @pytest.mark.parametrize("is_interrupted", [False, True])
 def test_model_is_plain_when_training_has_ended(tmp_path, is_interrupted):
     trainer = make_trainer(tmp_path, RECIPE)
@@ -358,89 +250,3 @@ def test_trainer_refuses_what_would_replace_the_loss(tmp_path, arguments, others
 def test_trainer_refuses_settings_that_do_not_fit_the_model(tmp_path):
     with pytest.raises(ValueError, match="rotation is 8; it must be from 1 to 4"):
         make_trainer(tmp_path, LayerSkipSettings())
-
-
-EXITS_ALONE = LayerSkipSettings(max_drop_prob=0.0, e_scale=1.0, rotation=3)
-ADAPTER = ExitAdapterSettings(rank=8, exit_layer=2)
-FSDP = {
-    "fsdp": True,
-    "fsdp_config": {
-        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-        "activation_checkpointing": True,
-    },
-}
-
-
-def train_on_two_ranks(path: Path) -> None:
-    """What each rank of the test below runs."""
-    half = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    single = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
-    often = LayerSkipSettings(max_drop_prob=0.8, depth_schedule="constant", e_scale=1.0, rotation=3)
-    saved = {"save_strategy": "steps", "save_steps": 4}
-    trainers = {
-        "ddp": make_trainer(path / "ddp", EXITS_ALONE, **half),
-        # One row a rank, so that layers go without any sample.
-        "ddp dropping": make_trainer(path, often, **single, gradient_checkpointing=True),
-        "ddp adapter": make_trainer(path, ADAPTER, **half),
-        "fsdp": make_trainer(path / "fsdp", EXITS_ALONE, **half, **FSDP, **saved),
-        "fsdp dropping": make_trainer(path, often, **single, **FSDP),
-    }
-    kept_by_step, kept_samples = {}, LayerDropout.kept_samples
-
-    def record(self, layer_idx, batch_size):
-        kept = kept_samples(self, layer_idx, batch_size)
-        kept_by_step[f"{self._step} {layer_idx}"] = kept.tolist()
-        return kept
-
-    for name, trainer in trainers.items():
-        LayerDropout.kept_samples = record if name == "ddp dropping" else kept_samples
-        trainer.train()
-    rank = trainers["ddp"].args.process_index
-    (path / f"kept-{rank}.json").write_text(json.dumps(kept_by_step))
-    trainers["fsdp"].save_model(str(path / "fsdp" / "saved"))
-    resumed = make_trainer(path / "fsdp", EXITS_ALONE, **half, **FSDP, **saved)
-    resumed.add_callback(steps := Steps())
-    resumed.train(resume_from_checkpoint=str(path / "fsdp" / "checkpoint-4"))
-    trainers["fsdp resumed"] = resumed
-    if resumed.is_world_process_zero():
-        logs = {name: step_logs(trainer) for name, trainer in trainers.items()}
-        logs["resumed steps"] = steps.begun
-        (path / "logs.json").write_text(json.dumps(logs))
-
-
-def test_two_ranks_train_as_one_does_when_the_batch_is_the_same(tmp_path):
-    """With DDP and FSDP; and a layer that all of a rank's samples skip does not stop them."""
-    code = f"""if True:
-        from pathlib import Path
-        from tests.unit.training.test_trainer import train_on_two_ranks
-        train_on_two_ranks(Path({str(tmp_path)!r}))
-    """
-    (tmp_path / "job.py").write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    root = Path(__file__).parents[3]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*command, str(tmp_path / "job.py")], cwd=root, env=environment, check=True, timeout=300
-    )
-    trainer = make_trainer(tmp_path, EXITS_ALONE, gradient_accumulation_steps=2)
-    adapter = make_trainer(tmp_path, ADAPTER, gradient_accumulation_steps=2)
-    trainer.train()
-    adapter.train()
-
-    logs = json.loads((tmp_path / "logs.json").read_text())
-    for whole, shared in zip(step_logs(adapter), logs["ddp adapter"], strict=True):
-        assert shared == pytest.approx(whole, rel=1e-4)
-    for name in ("ddp", "fsdp", "fsdp resumed"):
-        for whole, shared in zip(step_logs(trainer), logs[name], strict=True):
-            assert shared == pytest.approx(whole, rel=1e-4)
-    assert logs["resumed steps"] == [4, 5]
-    kept, other = (json.loads((tmp_path / f"kept-{rank}.json").read_text()) for rank in (0, 1))
-    assert kept == other
-    assert len(kept) == 6 * 4  # steps and layers
-    assert [] in kept.values()
-    assert [0] in kept.values()
-    assert logs["ddp dropping"][0] == pytest.approx(logs["fsdp dropping"][0], rel=1e-4)
-    assert len(logs["ddp dropping"]) == len(logs["fsdp dropping"]) == 6
-    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fsdp/saved")
-    for name, weight in trainer.model.state_dict().items():
-        torch.testing.assert_close(saved.state_dict()[name], weight, rtol=1e-3, atol=1e-4)
