@@ -12,7 +12,7 @@ import pytest
 
 from layerskip_vllm.tools.commands import main
 from layerskip_vllm.tools.verify import runs
-from layerskip_vllm.tools.verify.results import Job, Result
+from layerskip_vllm.tools.verify.results import EngineJob, EngineOutput
 
 ENGINE = {
     "max_model_len": 128,
@@ -46,17 +46,17 @@ def model(checkpoint: Callable[..., Path]) -> str:
 @pytest.fixture(scope="module")
 def verified(
     model: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[int, dict[str, Any], Mapping[str, Result]]:
+) -> tuple[int, dict[str, Any], Mapping[str, EngineOutput]]:
     """The command's exit status, its report, and what each engine gave."""
     folder = tmp_path_factory.mktemp("verify")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("VLLM_CACHE_ROOT", str(folder / "cache"))
-        results: dict[str, Result] = {}
+        results: dict[str, EngineOutput] = {}
         run_engine = runs.run_engine
 
-        def record(name: str, job: Job, folder: Path) -> Result:
+        def record(name: str, job: EngineJob, folder: Path) -> EngineOutput:
             results[name] = run_engine(name, job, folder)
             return results[name]
 
@@ -69,13 +69,13 @@ def verified(
 @pytest.fixture
 def replay(
     model: str,
-    verified: tuple[int, dict[str, Any], Mapping[str, Result]],
+    verified: tuple[int, dict[str, Any], Mapping[str, EngineOutput]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> Callable[[Mapping[str, Result]], tuple[int, dict[str, Any]]]:
+) -> Callable[[Mapping[str, EngineOutput]], tuple[int, dict[str, Any]]]:
     """Run the command with engines that give what engines gave before, some of it replaced."""
 
-    def replay(replaced: Mapping[str, Result]) -> tuple[int, dict[str, Any]]:
+    def replay(replaced: Mapping[str, EngineOutput]) -> tuple[int, dict[str, Any]]:
         results = {**verified[2], **replaced}
         monkeypatch.setattr(runs, "run_engine", lambda name, job, folder: results[name])
         status = main(["verify", model, *SMALL, "--output-dir", str(tmp_path)])

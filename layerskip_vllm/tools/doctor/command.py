@@ -24,7 +24,7 @@ from layerskip_vllm.hooks.install import Hook, HookError, check, hook_state
 from layerskip_vllm.hooks.method_hooks import REGISTRY
 from layerskip_vllm.hooks.vllm_source import SUPPORTED_VLLM_VERSIONS, read_digests
 from layerskip_vllm.tools.command_line import Command, Option
-from layerskip_vllm.tools.doctor.report import Report, format_report
+from layerskip_vllm.tools.doctor.doctor_report import DoctorReport, format_report
 from layerskip_vllm.tools.hardware import describe_cpu
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class DoctorCommand(Command):
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         # vLLM reads the two when it configures an engine; until then this does.
         logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
-        report = Report()
+        report = DoctorReport()
         examine_versions(report)
         examine_plugin(report)
         if report.versions["vllm"] is not None:
@@ -79,7 +79,7 @@ class DoctorCommand(Command):
         return 1 if report.problems else 0
 
 
-def examine_versions(report: Report) -> None:
+def examine_versions(report: DoctorReport) -> None:
     """Read the versions of what takes part, without importing it."""
     report.versions["layerskip-vllm"] = __version__
     for package in ("vllm", "torch", "transformers"):
@@ -99,7 +99,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def examine_plugin(report: Report) -> None:
+def examine_plugin(report: DoctorReport) -> None:
     """Say whether vLLM finds the entry point and may load it."""
     found = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP, name=ENTRY_POINT)
     values = sorted({entry_point.value for entry_point in found})
@@ -118,7 +118,7 @@ def examine_plugin(report: Report) -> None:
         )
 
 
-def examine_hooks(report: Report) -> None:
+def examine_hooks(report: DoctorReport) -> None:
     """Check the ledger against vLLM's source, then install the hooks and import their targets."""
     import vllm
 
@@ -154,7 +154,7 @@ def _apply(hook: Hook) -> tuple[list[str], str]:
     return [], hook_state(hook)
 
 
-def examine_devices(report: Report) -> None:
+def examine_devices(report: DoctorReport) -> None:
     """Say what this machine would run on."""
     import torch
     from vllm.config import VllmConfig
@@ -170,7 +170,7 @@ def examine_devices(report: Report) -> None:
     report.devices["model runner"] = _describe_runner(VllmConfig())
 
 
-def examine_checkpoint(report: Report, model: str, given: dict[str, int]) -> None:
+def examine_checkpoint(report: DoctorReport, model: str, given: dict[str, int]) -> None:
     """Have vLLM configure an engine with layerskip for `model`; report its choices or refusal.
 
     Args:
@@ -196,12 +196,12 @@ def examine_checkpoint(report: Report, model: str, given: dict[str, int]) -> Non
         report.problems.append(_describe_error(error))
 
 
-def _describe_model(report: Report, model_config: ModelConfig) -> None:
+def _describe_model(report: DoctorReport, model_config: ModelConfig) -> None:
     report.checkpoint["architecture"] = ", ".join(model_config.architectures)
     report.checkpoint["layers"] = model_config.get_total_num_hidden_layers()
 
 
-def _describe_draft(report: Report, vllm_config: VllmConfig) -> None:
+def _describe_draft(report: DoctorReport, vllm_config: VllmConfig) -> None:
     model_config = vllm_config.model_config
     draft = cast("LayerSkipConfig", vllm_config.speculative_config)
     report.checkpoint["exit_layer"] = draft.exit_layer

@@ -11,14 +11,14 @@ from typing_extensions import override
 
 from layerskip_vllm.checkpoint.entry import CONFIG_KEY, write_entry
 from layerskip_vllm.tools.command_line import Command, Option
-from layerskip_vllm.tools.exits.config import ExitsConfig
+from layerskip_vllm.tools.exits.exits_config import ExitsConfig
 from layerskip_vllm.tools.output import make_console, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from layerskip_vllm.tools.exits.report import ExitReport
+    from layerskip_vllm.tools.exits.exit_report import ExitReport
 
 
 class ExitsCommand(Command, ExitsConfig):
@@ -67,7 +67,7 @@ class ExitsCommand(Command, ExitsConfig):
         from layerskip_vllm.tools.exits.measure import (
             describe_setting,
             find_eos_token_ids,
-            load_model,
+            load_decoder,
             measure_exits,
         )
         from layerskip_vllm.tools.text import encode_documents, read_documents
@@ -79,7 +79,7 @@ class ExitsCommand(Command, ExitsConfig):
             )
         documents = read_documents(self.data)
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        model, tokenizer = load_model(self.model, self.device, self.dtype)
+        model, tokenizer = load_decoder(self.model, self.device, self.dtype)
         text = encode_documents(tokenizer, documents)
         eos_token_ids = find_eos_token_ids(model, tokenizer)
         setting = describe_setting(model, self.data, self)

@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from layerskip_vllm.tools.chart_style import INK, LAYERSKIP, MUTED, PLAIN, TRACK, WRONG, style_axes
-from layerskip_vllm.tools.exits.report import ExitReport
+from layerskip_vllm.tools.exits.exit_report import ExitReport
 
 _LEFT = 0.06
 # Slower than plain decoding is grey, as fast is white, faster is green.

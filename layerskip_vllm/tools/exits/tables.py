@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from layerskip_vllm.tools.exits.report import Draft, ExitReport
+from layerskip_vllm.tools.exits.exit_report import Draft, ExitReport
 
 
 def build_exit_table(report: ExitReport) -> Table:

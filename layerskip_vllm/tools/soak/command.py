@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from layerskip_vllm.tools.command_line import Command, Option
 from layerskip_vllm.tools.output import make_console, write_json
-from layerskip_vllm.tools.soak.config import SoakConfig
+from layerskip_vllm.tools.soak.soak_config import SoakConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,16 +86,16 @@ class SoakCommand(Command, SoakConfig):
         return 0 if soak.is_passed else 1
 
     def _show(self, soak: Soak, console: Console) -> None:
-        from layerskip_vllm.tools.soak import report
+        from layerskip_vllm.tools.soak import soak_report
 
-        console.print(report.build_table(soak))
+        console.print(soak_report.build_soak_table(soak))
         for fault in soak.tally.faults[:_MAX_FAULTS_SHOWN]:
-            words = report.describe_fault(fault)
+            words = soak_report.describe_fault(fault)
             console.print(words, markup=False, soft_wrap=True, style="red")
-        for line in report.describe_checks(soak):
+        for line in soak_report.describe_checks(soak):
             console.print(line, soft_wrap=True)
         if self.output is not None:
-            write_json(self.output, report.to_json(soak))
+            write_json(self.output, soak_report.soak_to_json(soak))
             console.print(f"Written: {self.output}", soft_wrap=True)
 
     async def _find_questions(self, service: Service, console: Console) -> list[Question]:

@@ -11,7 +11,7 @@ from typing_extensions import override
 from layerskip_vllm.tools.command_line import Command, Option
 from layerskip_vllm.tools.output import make_console, write_json
 from layerskip_vllm.tools.prompts import choose_prompts
-from layerskip_vllm.tools.verify.config import VerifyConfig
+from layerskip_vllm.tools.verify.verify_config import VerifyConfig
 
 
 class VerifyCommand(Command, VerifyConfig):
@@ -46,7 +46,11 @@ class VerifyCommand(Command, VerifyConfig):
     def run(self) -> int:
         from layerskip_vllm.tools.verify import runs
         from layerskip_vllm.tools.verify.comparison import conclude
-        from layerskip_vllm.tools.verify.report import build_table, describe_run, to_json
+        from layerskip_vllm.tools.verify.verdict_report import (
+            build_verdict_table,
+            describe_engines,
+            verdict_to_json,
+        )
 
         config = self.model_copy(update={"speculative": self._join_speculative_settings()})
         documents = self._read_documents()
@@ -63,8 +67,8 @@ class VerifyCommand(Command, VerifyConfig):
             results = runs.run_all(config, prompts, self.output_dir, track)
         verdict = conclude(results)
         drafted = results[runs.DRAFTED]
-        write_json(self.output_dir / "verify.json", to_json(config, drafted, verdict))
-        console.print(build_table(verdict, describe_run(config, drafted)))
+        write_json(self.output_dir / "verify.json", verdict_to_json(config, drafted, verdict))
+        console.print(build_verdict_table(verdict, describe_engines(config, drafted)))
         for problem in verdict.problems:
             console.print(f"[bold red]{problem}.[/]", soft_wrap=True)
         if not verdict.problems:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from layerskip_vllm.tools.tokens import first_difference
-from layerskip_vllm.tools.verify.results import Completion, Result
+from layerskip_vllm.tools.verify.results import EngineOutput, ScoredCompletion
 from layerskip_vllm.tools.verify.runs import DRAFTED, FLOOR, PLAIN, UNVERIFIED
 from layerskip_vllm.tools.verify.statistics import compare_samples
 
@@ -39,7 +39,7 @@ class Divergence:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class EngineComparison:
     """An engine against plain vLLM.
 
     Attributes:
@@ -72,12 +72,12 @@ class Verdict:
         problems: What keeps the drafts from being lossless, or the check from seeing it.
     """
 
-    comparisons: Mapping[str, Comparison]
+    comparisons: Mapping[str, EngineComparison]
     tolerance: float
     problems: tuple[str, ...]
 
 
-def conclude(results: Mapping[str, Result]) -> Verdict:
+def conclude(results: Mapping[str, EngineOutput]) -> Verdict:
     """Compare all runs with the plain one and say what that means.
 
     Args:
@@ -94,7 +94,9 @@ def conclude(results: Mapping[str, Result]) -> Verdict:
     return Verdict(comparisons, tolerance, tuple(_find_problems(comparisons, tolerance)))
 
 
-def compare_results(plain: Result, other: Result, plain_samples: Sequence[Result]) -> Comparison:
+def compare_results(
+    plain: EngineOutput, other: EngineOutput, plain_samples: Sequence[EngineOutput]
+) -> EngineComparison:
     """Compare an engine with plain vLLM.
 
     Args:
@@ -115,10 +117,10 @@ def compare_results(plain: Result, other: Result, plain_samples: Sequence[Result
         if end < len(expected.token_ids):
             divergences.append(Divergence(prompt, end, _find_gap(expected, found, end)))
     p_value, distance = _compare_samples(other, plain_samples)
-    return Comparison(tuple(divergences), noise, p_value, distance, other.acceptance)
+    return EngineComparison(tuple(divergences), noise, p_value, distance, other.acceptance)
 
 
-def find_tolerance(dtype: str, floor: Comparison) -> float:
+def find_tolerance(dtype: str, floor: EngineComparison) -> float:
     """Find the largest gap between two tokens that rounding alone can turn around.
 
     Args:
@@ -134,7 +136,7 @@ def find_tolerance(dtype: str, floor: Comparison) -> float:
     return max(_MIN_TOLERANCE, rounding, 2 * floor.noise, *gaps)
 
 
-def _find_gap(expected: Completion, found: Completion, index: int) -> float:
+def _find_gap(expected: ScoredCompletion, found: ScoredCompletion, index: int) -> float:
     logprobs = expected.logprobs[index]
     least = min(logprobs.values())
     own = logprobs[expected.token_ids[index]]
@@ -142,7 +144,7 @@ def _find_gap(expected: Completion, found: Completion, index: int) -> float:
 
 
 def _compare_samples(
-    other: Result, plain_samples: Sequence[Result]
+    other: EngineOutput, plain_samples: Sequence[EngineOutput]
 ) -> tuple[float | None, float | None]:
     """The p-value, corrected for the number of prompts (Bonferroni), and the largest distance."""
     comparisons = []
@@ -158,7 +160,7 @@ def _compare_samples(
     return min(1.0, p_value), max(comparison.distance for comparison in comparisons)
 
 
-def _find_problems(comparisons: Mapping[str, Comparison], tolerance: float) -> list[str]:
+def _find_problems(comparisons: Mapping[str, EngineComparison], tolerance: float) -> list[str]:
     floor, drafted = comparisons[FLOOR], comparisons[DRAFTED]
     unverified = comparisons[UNVERIFIED]
     problems = []
@@ -193,5 +195,5 @@ def _find_problems(comparisons: Mapping[str, Comparison], tolerance: float) -> l
     return problems
 
 
-def _differs(comparison: Comparison) -> bool:
+def _differs(comparison: EngineComparison) -> bool:
     return comparison.p_value is not None and comparison.p_value < FALSE_ALARM

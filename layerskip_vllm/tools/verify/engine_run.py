@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from layerskip_vllm.tools.server.metrics import SpecDecodeCounters
-from layerskip_vllm.tools.verify.results import Completion, Job, Result
+from layerskip_vllm.tools.verify.results import EngineJob, EngineOutput, ScoredCompletion
 
 if TYPE_CHECKING:
     from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams
@@ -19,7 +19,7 @@ _NUM_SAMPLED_PROMPTS = 4
 _NUM_SAMPLED_TOKENS = 6
 
 
-def complete(job: Job) -> Result:
+def complete(job: EngineJob) -> EngineOutput:
     """Start an engine and have it complete prompts greedily and by sampling.
 
     Args:
@@ -54,7 +54,7 @@ def complete(job: Job) -> Result:
     completions = _generate(llm, prompts, greedy, job.is_reversed)
     counters = SpecDecodeCounters.read_own()
     sampled = _generate(llm, prompts[:_NUM_SAMPLED_PROMPTS], sampling, job.is_reversed)
-    return Result(
+    return EngineOutput(
         runner="V2" if config.use_v2_model_runner else "V1",
         device=current_platform.get_device_name(),
         dtype=str(config.model_config.dtype).removeprefix("torch."),
@@ -111,9 +111,9 @@ def _generate(
     return outputs[::-1]
 
 
-def _convert(completion: CompletionOutput) -> Completion:
+def _convert(completion: CompletionOutput) -> ScoredCompletion:
     assert completion.logprobs is not None
-    return Completion(
+    return ScoredCompletion(
         tuple(completion.token_ids),
         tuple(
             {token_id: logprob.logprob for token_id, logprob in position.items()}

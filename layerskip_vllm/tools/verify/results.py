@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Completion:
+class ScoredCompletion:
     """A greedy completion.
 
     Attributes:
@@ -21,7 +21,7 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Job:
+class EngineJob:
     """What an engine is to do.
 
     Attributes:
@@ -45,7 +45,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Result:
+class EngineOutput:
     """All that an engine gave.
 
     Attributes:
@@ -67,7 +67,7 @@ class Result:
     num_speculative_tokens: int
     num_draft_tokens: int
     num_accepted_tokens: int
-    greedy: tuple[Completion, ...]
+    greedy: tuple[ScoredCompletion, ...]
     samples: tuple[tuple[tuple[int, ...], ...], ...]
 
     @property

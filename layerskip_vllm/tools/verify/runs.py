@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from layerskip_vllm.tools.engine_process import EngineProcess, JobError
-from layerskip_vllm.tools.verify.config import VerifyConfig
-from layerskip_vllm.tools.verify.results import Job, Result
+from layerskip_vllm.tools.verify.results import EngineJob, EngineOutput
+from layerskip_vllm.tools.verify.verify_config import VerifyConfig
 
 # Plain vLLM, the floor: plain vLLM again, drafts, and drafts that nothing verifies.
 PLAIN, FLOOR, DRAFTED, UNVERIFIED = RUNS = ("plain", "floor", "layerskip", "unverified")
@@ -21,7 +21,7 @@ def run_all(
     prompts: Sequence[str],
     folder: Path,
     track: Callable[[str], None] = lambda name: None,
-) -> dict[str, Result]:
+) -> dict[str, EngineOutput]:
     """Run all engines.
 
     Args:
@@ -36,7 +36,7 @@ def run_all(
     Raises:
         ValueError: If an engine fails; the message holds the end of its log.
     """
-    results: dict[str, Result] = {}
+    results: dict[str, EngineOutput] = {}
     for seed, name in enumerate(RUNS):
         track(name)
         job = make_job(name, seed, config, prompts, results.get(DRAFTED))
@@ -49,8 +49,8 @@ def make_job(
     seed: int,
     config: VerifyConfig,
     prompts: Sequence[str],
-    drafted: Result | None = None,
-) -> Job:
+    drafted: EngineOutput | None = None,
+) -> EngineJob:
     """Say what an engine is to do.
 
     Args:
@@ -82,7 +82,7 @@ def make_job(
                 "rejection_sample_method": "synthetic",
                 "synthetic_acceptance_rates": rates,
             }
-    return Job(
+    return EngineJob(
         engine=engine,
         prompts=prompts,
         num_prompt_tokens=config.num_prompt_tokens,
@@ -93,7 +93,7 @@ def make_job(
     )
 
 
-def run_engine(name: str, job: Job, folder: Path) -> Result:
+def run_engine(name: str, job: EngineJob, folder: Path) -> EngineOutput:
     """Run an engine in a process of its own and wait for its end, which frees its memory.
 
     Args:
@@ -116,7 +116,9 @@ def run_engine(name: str, job: Job, folder: Path) -> Result:
     process = EngineProcess(name, folder / f"{name}.log", env)
     try:
         with process:
-            result: Result = process.run("layerskip_vllm.tools.verify.engine_run:complete", job)
+            result: EngineOutput = process.run(
+                "layerskip_vllm.tools.verify.engine_run:complete", job
+            )
             return result
     except JobError as error:
         end = "\n  ".join(process.log.strip().splitlines()[-_NUM_LOG_LINES:])

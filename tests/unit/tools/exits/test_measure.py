@@ -8,15 +8,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from layerskip_vllm.checkpoint.validation import parse
-from layerskip_vllm.tools.exits.config import ExitsConfig
+from layerskip_vllm.tools.exits.exit_report import Draft, Exit, ExitReport
+from layerskip_vllm.tools.exits.exits_config import ExitsConfig
 from layerskip_vllm.tools.exits.measure import (
     find_eos_token_ids,
-    load_model,
+    load_decoder,
     measure_exits,
     play_drafts,
     read_draft_shares,
 )
-from layerskip_vllm.tools.exits.report import Draft, Exit, ExitReport
 from layerskip_vllm.tools.output import write_json
 from layerskip_vllm.tools.text import HeldOutText
 from layerskip_vllm.training.exit_evaluation import Acceptance, complete_greedily, exit_matches
@@ -159,7 +159,7 @@ def test_data_is_refused_when_the_model_ends_every_text_at_once():
 @pytest.mark.parametrize("device", ["nowhere", "cuda:99"])
 def test_device_is_refused_when_there_is_none(device):
     with pytest.raises(ValueError, match=f"device is {device!r}, which this machine"):
-        load_model("checkpoints/stdlib-24l", device, "auto")
+        load_decoder("checkpoints/stdlib-24l", device, "auto")
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 import pytest
 from matplotlib.patches import Rectangle
 
+from layerskip_vllm.tools.exits.exit_report import Draft, Exit, ExitReport
 from layerskip_vllm.tools.exits.picture import draw_exits, make_figure
-from layerskip_vllm.tools.exits.report import Draft, Exit, ExitReport
 from layerskip_vllm.training.exit_evaluation import Acceptance
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from layerskip_vllm.tools.prompts import choose_prompts, cut_prompts
 from layerskip_vllm.tools.verify.comparison import compare_results, find_tolerance
-from layerskip_vllm.tools.verify.results import Completion, Result
+from layerskip_vllm.tools.verify.results import EngineOutput, ScoredCompletion
 from layerskip_vllm.tools.verify.statistics import compare_samples
 
 SAMPLES = (((1, 2),) * 200, ((1, 2), (2, 1)) * 100)
@@ -14,10 +14,10 @@ SAMPLES = (((1, 2),) * 200, ((1, 2), (2, 1)) * 100)
 
 def make_result(*completions, samples=SAMPLES):
     greedy = tuple(
-        Completion(tuple(tokens), tuple(dict(position) for position in logprobs))
+        ScoredCompletion(tuple(tokens), tuple(dict(position) for position in logprobs))
         for tokens, logprobs in completions
     )
-    return Result("V1", "cpu", "float32", None, 0, 0, 0, greedy, samples)
+    return EngineOutput("V1", "cpu", "float32", None, 0, 0, 0, greedy, samples)
 
 
 def compare_greedy(plain, other):

@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass
-class Report:
+class DoctorReport:
     """All that the doctor found; `problems` decides the exit status.
 
     Attributes:
@@ -27,7 +27,7 @@ class Report:
     problems: list[str] = field(default_factory=list)
 
 
-def format_report(report: Report) -> str:
+def format_report(report: DoctorReport) -> str:
     """Return the report as plain text in aligned columns."""
     devices = dict(report.devices)
     if "cuda" in devices:
@@ -46,7 +46,7 @@ def format_report(report: Report) -> str:
     return f"{text}\n\nproblems\n{problems}"
 
 
-def _hook_rows(report: Report) -> list[tuple[str, str]]:
+def _hook_rows(report: DoctorReport) -> list[tuple[str, str]]:
     rows = []
     for hook in report.hooks:
         lines = [hook["target"], f"  {hook['why']}", *(f"  {text}" for text in hook["problems"])]

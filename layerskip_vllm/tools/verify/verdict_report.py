@@ -7,10 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
-from layerskip_vllm.tools.verify.comparison import FALSE_ALARM, Comparison, Verdict
-from layerskip_vllm.tools.verify.config import VerifyConfig
-from layerskip_vllm.tools.verify.results import Result
+from layerskip_vllm.tools.verify.comparison import FALSE_ALARM, EngineComparison, Verdict
+from layerskip_vllm.tools.verify.results import EngineOutput
 from layerskip_vllm.tools.verify.runs import DRAFTED, FLOOR, UNVERIFIED
+from layerskip_vllm.tools.verify.verify_config import VerifyConfig
 
 _LABELS = {
     FLOOR: "plain vLLM again (the floor)",
@@ -19,7 +19,7 @@ _LABELS = {
 }
 
 
-def describe_run(config: VerifyConfig, drafted: Result) -> str:
+def describe_engines(config: VerifyConfig, drafted: EngineOutput) -> str:
     """Say what was run, and on what.
 
     Args:
@@ -36,7 +36,7 @@ def describe_run(config: VerifyConfig, drafted: Result) -> str:
     )
 
 
-def build_table(verdict: Verdict, caption: str) -> Table:
+def build_verdict_table(verdict: Verdict, caption: str) -> Table:
     """Lay the comparisons with plain vLLM out, one a line.
 
     Args:
@@ -56,7 +56,7 @@ def build_table(verdict: Verdict, caption: str) -> Table:
     return table
 
 
-def _describe(comparison: Comparison, tolerance: float) -> tuple[str, ...]:
+def _describe(comparison: EngineComparison, tolerance: float) -> tuple[str, ...]:
     gaps = [divergence.gap for divergence in comparison.divergences]
     return (
         str(len(gaps)),
@@ -68,7 +68,9 @@ def _describe(comparison: Comparison, tolerance: float) -> tuple[str, ...]:
     )
 
 
-def to_json(config: VerifyConfig, drafted: Result, verdict: Verdict) -> dict[str, Any]:
+def verdict_to_json(
+    config: VerifyConfig, drafted: EngineOutput, verdict: Verdict
+) -> dict[str, Any]:
     """Return all that was found as a JSON object.
 
     Args:

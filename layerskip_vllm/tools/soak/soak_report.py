@@ -8,14 +8,14 @@ from typing import Any
 from rich.table import Table
 
 from layerskip_vllm.tools.soak.client import End, Outcome
-from layerskip_vllm.tools.soak.config import SoakConfig
 from layerskip_vllm.tools.soak.run import Soak
+from layerskip_vllm.tools.soak.soak_config import SoakConfig
 from layerskip_vllm.tools.soak.tally import Row
 
 _MAX_PAYLOAD_CHARACTERS = 4000
 
 
-def build_table(soak: Soak) -> Table:
+def build_soak_table(soak: Soak) -> Table:
     """Builds a table of the requests, a row a kind."""
     ends = [end.value for end in End]
     heads = ["", "sent", *ends, "tokens", "same as plain", "slowest"]
@@ -41,7 +41,7 @@ def describe_fault(fault: Outcome) -> str:
     return f"{fault.request.kind} ({fault.request.detail}), {fault.seconds:.1f} s: {fault.reason}"
 
 
-def to_json(soak: Soak) -> dict[str, Any]:
+def soak_to_json(soak: Soak) -> dict[str, Any]:
     """Return everything that a soak found as a JSON object, each fault with its request."""
     return {
         "url": soak.service.url,
