@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from layerskip_vllm.tools.commands import main
+from scripts.commands_page import write_page
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -81,6 +82,10 @@ def test_commands_and_their_options_exist(page: str, capsys: pytest.CaptureFixtu
         assert end.value.code == 0, command
         options = re.findall(r"--[a-z-]+", rest)
         assert set(options) <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out)), rest
+
+
+def test_commands_page_is_what_the_commands_say() -> None:
+    assert write_page() == text_of("docs/commands.md")
 
 
 def test_structure_names_the_files_of_the_package() -> None:
