@@ -1,6 +1,7 @@
-"""An aiohttp client of vLLM's completions endpoint: greedy, streaming, several requests at once.
+"""A client of vLLM's completions endpoint: greedy, streaming, several requests at once.
 
-`demo` sends each round's prompts through it and reads speed and tokens from what it returns.
+`demo` sends each round's prompts through it. `vllm bench serve` measures the same times but keeps
+texts alone, and it is the tokens that must not differ.
 """
 
 from __future__ import annotations
@@ -23,13 +24,11 @@ class Completion:
     """What one request streamed back, and when.
 
     Attributes:
-        text: The completion's text.
         token_ids: The completion's tokens.
         ttft_s: Seconds from sending the request to its first token.
         latency_s: Seconds from sending the request to its last token.
     """
 
-    text: str
     token_ids: tuple[int, ...]
     ttft_s: float
     latency_s: float
@@ -69,7 +68,7 @@ class StreamAssembler:
     """Puts a stream's chunks together; speculative decoding sends several tokens in one chunk."""
 
     def __init__(self, start_s: float) -> None:
-        """Starts the request's clock.
+        """Start the request's clock.
 
         Args:
             start_s: `time.perf_counter()` when the request was sent.
@@ -77,11 +76,10 @@ class StreamAssembler:
         self._start_s = start_s
         self._first_s: float | None = None
         self._last_s = start_s
-        self._texts: list[str] = []
         self._token_ids: list[int] = []
 
     def add(self, event: dict[str, Any], now_s: float) -> int:
-        """Takes one event in.
+        """Take one event in.
 
         Args:
             event: A chunk of the completions endpoint.
@@ -93,27 +91,22 @@ class StreamAssembler:
         Raises:
             StreamError: If the chunk has text without token ids.
         """
-        num_tokens = 0
+        num_before = len(self._token_ids)
         for choice in event.get("choices", ()):
-            token_ids = choice.get("token_ids")
-            if token_ids is None:
+            if choice.get("token_ids") is None:
                 raise StreamError(
                     "the server sent no token_ids though return_token_ids was asked for; "
                     "it must be vLLM 0.32.0."
                 )
-            self._texts.append(choice["text"])
-            self._token_ids += token_ids
-            num_tokens += len(token_ids)
-        if num_tokens:
+            self._token_ids += choice["token_ids"]
+        num_new = len(self._token_ids) - num_before
+        if num_new:
             self._first_s = now_s if self._first_s is None else self._first_s
             self._last_s = now_s
-        return num_tokens
+        return num_new
 
     def finish(self) -> Completion:
-        """Ends the assembly.
-
-        Returns:
-            The whole completion.
+        """Return the whole completion.
 
         Raises:
             StreamError: If no token came.
@@ -121,7 +114,6 @@ class StreamAssembler:
         if self._first_s is None:
             raise StreamError("the server ended a completion without a single token.")
         return Completion(
-            text="".join(self._texts),
             token_ids=tuple(self._token_ids),
             ttft_s=self._first_s - self._start_s,
             latency_s=self._last_s - self._start_s,
@@ -129,7 +121,7 @@ class StreamAssembler:
 
 
 def ignore_tokens(num_tokens: int) -> None:
-    """Does nothing: for rounds whose progress nobody watches."""
+    """Do nothing: for rounds whose progress nobody watches."""
 
 
 async def _complete(
@@ -162,17 +154,17 @@ async def _complete(
 
 
 async def complete_round(
-    base_url: str,
+    url: str,
     model_name: str,
     prompts: Sequence[str],
     max_tokens: int,
     concurrency: int,
     on_tokens: Callable[[int], None] = ignore_tokens,
 ) -> Round:
-    """Completes all prompts greedily, `concurrency` of them at any time.
+    """Complete all prompts greedily, `concurrency` of them at any time.
 
     Args:
-        base_url: Address of the server, such as `http://127.0.0.1:8000`.
+        url: Address of the server, such as `http://127.0.0.1:8000`.
         model_name: The name under which the server serves its model.
         prompts: The prompts, sent in this order.
         max_tokens: Most tokens to generate a prompt; a completion may end earlier at the EOS token.
@@ -189,7 +181,7 @@ async def complete_round(
     completions: dict[int, Completion] = {}
     timeout = aiohttp.ClientTimeout(total=_REQUEST_TIMEOUT_S)
     connector = aiohttp.TCPConnector(limit=0)  # the workers below are the limit
-    async with aiohttp.ClientSession(base_url, timeout=timeout, connector=connector) as session:
+    async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as session:
 
         async def work(queue: Iterable[tuple[int, str]]) -> None:
             for index, prompt in queue:

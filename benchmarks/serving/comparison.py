@@ -6,8 +6,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.serving.client import Completion, Round
+from benchmarks.serving.client import Round
 from layerskip_vllm.tools.server.metrics import SpecDecodeCounters
+from layerskip_vllm.tools.tokens import first_difference
 
 
 @dataclass(frozen=True)
@@ -46,39 +47,44 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of a demo run.
+    """What both servers did with the same requests, so many at once.
 
     Attributes:
+        concurrency: Requests open at once.
         plain: The plain server's speed.
         layerskip: The layer-skip server's speed.
         counters: What was drafted and accepted.
         num_completions: Completions of each server.
         num_tokens: Tokens that the plain server generated.
-        num_same_tokens: Of those, how many the layer-skip server generated too, at the same place.
         mismatches: The completions that differ.
     """
 
+    concurrency: int
     plain: Speed
     layerskip: Speed
     counters: SpecDecodeCounters
     num_completions: int
     num_tokens: int
-    num_same_tokens: int
     mismatches: tuple[Mismatch, ...]
+
+    @property
+    def load(self) -> str:
+        """The number of requests in words."""
+        return describe_load(self.concurrency)
 
     @property
     def speedup(self) -> float:
         """How many times the plain server's tokens a second the layer-skip server makes."""
         return self.layerskip.tokens_per_s / self.plain.tokens_per_s
 
-    @property
-    def is_every_token_same(self) -> bool:
-        """Whether both servers generated the same tokens and equally many."""
-        return not self.mismatches
+
+def describe_load(concurrency: int) -> str:
+    """Return a number of requests in words."""
+    return "one request" if concurrency == 1 else f"{concurrency} requests"
 
 
 def summarize_speed(rounds: Sequence[Round]) -> Speed:
-    """Sums one server's rounds up.
+    """Sum one server's rounds up.
 
     Args:
         rounds: At least one round; at least one completion of two tokens among them.
@@ -105,36 +111,29 @@ def summarize_speed(rounds: Sequence[Round]) -> Speed:
     )
 
 
-def count_same_tokens(plain: Sequence[int], layerskip: Sequence[int]) -> int:
-    """Returns how many leading tokens two completions have in common."""
-    num_same = 0
-    for plain_token_id, layerskip_token_id in zip(plain, layerskip, strict=False):
-        if plain_token_id != layerskip_token_id:
-            break
-        num_same += 1
-    return num_same
-
-
-def _find_mismatch(prompt_index: int, plain: Completion, layerskip: Completion) -> Mismatch | None:
-    if plain.token_ids == layerskip.token_ids:
+def _find_mismatch(
+    prompt_index: int, plain: tuple[int, ...], layerskip: tuple[int, ...]
+) -> Mismatch | None:
+    if plain == layerskip:
         return None
-    position = count_same_tokens(plain.token_ids, layerskip.token_ids)
-    return Mismatch(
-        prompt_index,
-        position,
-        plain.token_ids[position] if position < len(plain.token_ids) else None,
-        layerskip.token_ids[position] if position < len(layerskip.token_ids) else None,
+    position = first_difference(plain, layerskip)
+    plain_token_id, layerskip_token_id = (
+        token_ids[position] if position < len(token_ids) else None
+        for token_ids in (plain, layerskip)
     )
+    return Mismatch(prompt_index, position, plain_token_id, layerskip_token_id)
 
 
-def compare(
+def compare_rounds(
+    concurrency: int,
     plain_rounds: Sequence[Round],
     layerskip_rounds: Sequence[Round],
     counters: SpecDecodeCounters,
 ) -> Comparison:
-    """Compares two servers that were sent the same prompts.
+    """Compare two servers that were sent the same prompts.
 
     Args:
+        concurrency: Requests open at once.
         plain_rounds: The plain server's rounds.
         layerskip_rounds: The layer-skip server's, with the same prompts in the same order.
         counters: What the layer-skip server counted over its rounds.
@@ -148,7 +147,7 @@ def compare(
     if counters.num_drafts == 0:
         raise ValueError("the layerskip server drafted nothing: num_drafts is 0 after the rounds.")
     pairs = [
-        (plain, layerskip)
+        (plain.token_ids, layerskip.token_ids)
         for plain_round, layerskip_round in zip(plain_rounds, layerskip_rounds, strict=True)
         for plain, layerskip in zip(
             plain_round.completions, layerskip_round.completions, strict=True
@@ -156,13 +155,11 @@ def compare(
     ]
     found = (_find_mismatch(index, *pair) for index, pair in enumerate(pairs))
     return Comparison(
+        concurrency=concurrency,
         plain=summarize_speed(plain_rounds),
         layerskip=summarize_speed(layerskip_rounds),
         counters=counters,
         num_completions=len(pairs),
-        num_tokens=sum(len(plain.token_ids) for plain, _ in pairs),
-        num_same_tokens=sum(
-            count_same_tokens(plain.token_ids, layerskip.token_ids) for plain, layerskip in pairs
-        ),
+        num_tokens=sum(len(plain) for plain, _ in pairs),
         mismatches=tuple(mismatch for mismatch in found if mismatch is not None),
     )

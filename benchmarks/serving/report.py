@@ -1,10 +1,9 @@
-"""Shows a comparison as a table in the terminal and writes it as JSON."""
+"""Says what the demo found: a headline, a table for the terminal, and JSON."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.serving.comparison import Comparison, Speed
+from layerskip_vllm.tools.server.metrics import LayerSkipInfo
 
 
 @dataclass(frozen=True)
@@ -20,134 +20,125 @@ class RunSetting:
 
     Attributes:
         model: The model's path or name.
-        exit_layer: The layer after which drafts leave the model.
-        num_layers: All of the model's layers.
-        num_speculative_tokens: Tokens in a draft.
+        drafting: What the layer-skip server says it drafts with.
         dtype: The model's data type.
         num_prompts: Prompts a round.
         num_rounds: Rounds on each server.
         max_tokens: Most tokens a completion.
-        concurrency: Requests open at once.
         hardware: The machine.
         versions: Versions of what was measured, by name.
         commands: Each server's command line without its port, by the server's name.
     """
 
     model: str
-    exit_layer: int
-    num_layers: int
-    num_speculative_tokens: int
+    drafting: LayerSkipInfo
     dtype: str
     num_prompts: int
     num_rounds: int
     max_tokens: int
-    concurrency: int
     hardware: str
     versions: Mapping[str, str]
     commands: Mapping[str, str]
 
-    def describe_run(self) -> str:
-        """Returns one line with what was run."""
-        return (
-            f"{Path(self.model).name} ({self.dtype}), drafts of {self.num_speculative_tokens} "
-            f"from the first {self.exit_layer} of {self.num_layers} layers"
-        )
-
-    def describe_load(self) -> str:
-        """Returns one line with what was sent."""
+    def describe(self) -> str:
+        """Return three lines: what was run, what was sent, and the machine."""
+        drafting = self.drafting
         rounds = "1 round" if self.num_rounds == 1 else f"median of {self.num_rounds} rounds"
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (
-            f"{self.concurrency} requests at once, {self.num_prompts} held-out prompts, "
-            f"up to {self.max_tokens} tokens each, greedy; {rounds}"
+            f"{Path(self.model).name} ({self.dtype}), drafts of {drafting.num_speculative_tokens} "
+            f"from the first {drafting.exit_layer} of {drafting.num_layers} layers\n"
+            f"{self.num_prompts} held-out prompts a round, up to {self.max_tokens} tokens each, "
+            f"greedy; {rounds}\n"
+            f"{self.hardware}; {versions}"
         )
 
-    def describe_machine(self) -> str:
-        """Returns one line with the machine and the versions."""
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return f"{self.hardware}; {versions}"
+
+def is_every_token_same(comparisons: Sequence[Comparison]) -> bool:
+    """Return whether both servers generated the same tokens and equally many."""
+    return not any(comparison.mismatches for comparison in comparisons)
 
 
-def describe_equality(comparison: Comparison) -> str:
-    """Returns whether every token was the same, with the numbers that say so."""
-    if comparison.is_every_token_same:
-        return f"yes, all {comparison.num_tokens:,}"
-    first = comparison.mismatches[0]
+def describe_gains(comparisons: Sequence[Comparison], unit: str = "tokens a second") -> list[str]:
+    """Return a phrase for each number of requests: what drafting gains."""
+    return [
+        f"{comparison.load}: {comparison.speedup:.2f} times plain vLLM "
+        f"({comparison.layerskip.tokens_per_s:.0f} against "
+        f"{comparison.plain.tokens_per_s:.0f} {unit})"
+        for comparison in comparisons
+    ]
+
+
+def describe_equality(comparisons: Sequence[Comparison]) -> str:
+    """Return whether every token was the same, with the numbers that say so."""
+    if is_every_token_same(comparisons):
+        return f"all {sum(comparison.num_tokens for comparison in comparisons):,} tokens the same"
+    differing = next(comparison for comparison in comparisons if comparison.mismatches)
+    first = differing.mismatches[0]
+    num_different = sum(len(comparison.mismatches) for comparison in comparisons)
     return (
-        f"NO, {len(comparison.mismatches)} of {comparison.num_completions} completions differ; "
-        f"prompt {first.prompt_index} at token {first.position}"
+        f"TOKENS DIFFER in {num_different} of {sum(c.num_completions for c in comparisons)} "
+        f"completions, first with {differing.load} in prompt {first.prompt_index} at token "
+        f"{first.position}"
     )
 
 
-def describe_range(speed: Speed) -> str:
-    """Returns the tokens a second of the slowest and of the fastest round."""
+def describe_result(comparisons: Sequence[Comparison]) -> str:
+    """Return the headline: what each number of requests gains, and that no token changes."""
+    return "; ".join([*describe_gains(comparisons), describe_equality(comparisons)])
+
+
+def _describe_range(speed: Speed) -> str:
     return f"{min(speed.tokens_per_s_by_round):.0f} to {max(speed.tokens_per_s_by_round):.0f}"
 
 
-def build_table(comparison: Comparison, setting: RunSetting) -> Table:
-    """Lays the comparison out for the terminal.
+def build_table(comparisons: Sequence[Comparison], setting: RunSetting) -> Table:
+    """Lay the comparisons out for the terminal.
 
     Args:
-        comparison: The result.
+        comparisons: The result, one for each number of requests.
         setting: What was run, for the lines below the table.
 
     Returns:
         The table.
     """
-    plain, layerskip = comparison.plain, comparison.layerskip
-    caption = (setting.describe_run(), setting.describe_load(), setting.describe_machine())
-    table = Table(
-        title="LayerSkip self-speculative decoding in vLLM",
-        caption="\n".join(caption),
-        caption_justify="left",
-        min_width=80,
-    )
+    table = Table(caption=setting.describe(), caption_justify="left", min_width=80)
     table.add_column("", no_wrap=True)
-    table.add_column("plain", justify="right")
-    table.add_column("layerskip", justify="right")
-    table.add_column("ratio", justify="right")
+    for name in ("plain", "layerskip", "ratio"):
+        table.add_column(name, justify="right")
 
-    def add_ratio(name: str, plain_value: float, layerskip_value: float, ratio: float) -> None:
-        table.add_row(name, f"{plain_value:.1f}", f"{layerskip_value:.1f}", f"{ratio:.2f}x")
+    def add_ratio(name: str, plain: float, layerskip: float) -> None:
+        table.add_row(name, f"{plain:.1f}", f"{layerskip:.1f}", f"{layerskip / plain:.2f}x")
 
-    speeds = plain.tokens_per_s, layerskip.tokens_per_s
-    add_ratio("tokens a second", *speeds, comparison.speedup)
-    if setting.num_rounds > 1:
-        table.add_row(
-            "  slowest to fastest round", describe_range(plain), describe_range(layerskip)
-        )
-    ttfts_ms = plain.ttft_ms, layerskip.ttft_ms
-    add_ratio("time to first token, ms", *ttfts_ms, layerskip.ttft_ms / plain.ttft_ms)
-    tpots_ms = plain.tpot_ms, layerskip.tpot_ms
-    add_ratio("time per output token, ms", *tpots_ms, layerskip.tpot_ms / plain.tpot_ms)
-    table.add_section()
-    for position, share in enumerate(comparison.counters.acceptance_by_position, start=1):
-        table.add_row(f"acceptance at position {position}", "", f"{share:.1%}", "")
-    table.add_row("tokens a step and request", "1.00", f"{comparison.counters.mean_acceptance_length:.2f}")
-    table.add_section()
-    style = "bold green" if comparison.is_every_token_same else "bold red"
-    table.add_row("every token the same", "", describe_equality(comparison), "", style=style)
+    for comparison in comparisons:
+        plain, layerskip, counters = comparison.plain, comparison.layerskip, comparison.counters
+        table.add_row(comparison.load, style="bold")
+        add_ratio("  tokens a second", plain.tokens_per_s, layerskip.tokens_per_s)
+        if setting.num_rounds > 1:
+            table.add_row(
+                "    slowest to fastest round", _describe_range(plain), _describe_range(layerskip)
+            )
+        add_ratio("  time to first token, ms", plain.ttft_ms, layerskip.ttft_ms)
+        add_ratio("  time per output token, ms", plain.tpot_ms, layerskip.tpot_ms)
+        table.add_row("  mean acceptance length", "1.00", f"{counters.mean_acceptance_length:.2f}")
+        shares = " ".join(f"{share:.0%}" for share in counters.acceptance_by_position)
+        table.add_row("  accepted by position", "", shares, end_section=True)
     return table
 
 
-def to_json(comparison: Comparison, setting: RunSetting) -> dict[str, Any]:
-    """Returns everything that was measured, with the setting, as a JSON object."""
-    counters = comparison.counters
+def to_json(comparisons: Sequence[Comparison], setting: RunSetting) -> dict[str, Any]:
+    """Return everything that was measured, with the setting, as a JSON object."""
     return {
-        "setting": dataclasses.asdict(setting),
-        "plain": dataclasses.asdict(comparison.plain),
-        "layerskip": dataclasses.asdict(comparison.layerskip),
-        "speedup": comparison.speedup,
-        "acceptance_by_position": list(counters.acceptance_by_position),
-        "tokens_per_step": counters.mean_acceptance_length,
-        "counters": dataclasses.asdict(counters),
-        "every_token_same": comparison.is_every_token_same,
-        "num_completions": comparison.num_completions,
-        "num_tokens": comparison.num_tokens,
-        "num_same_tokens": comparison.num_same_tokens,
-        "mismatches": [dataclasses.asdict(mismatch) for mismatch in comparison.mismatches],
+        "headline": describe_result(comparisons),
+        "every_token_same": is_every_token_same(comparisons),
+        "setting": dataclasses.asdict(setting) | {"drafting": setting.drafting.model_dump()},
+        "comparisons": [
+            dataclasses.asdict(comparison)
+            | {
+                "speedup": comparison.speedup,
+                "acceptance_by_position": comparison.counters.acceptance_by_position,
+                "mean_acceptance_length": comparison.counters.mean_acceptance_length,
+            }
+            for comparison in comparisons
+        ],
     }
-
-
-def write_json(path: Path, comparison: Comparison, setting: RunSetting) -> None:
-    """Writes `to_json` to `path`."""
-    path.write_text(json.dumps(to_json(comparison, setting), indent=2) + "\n")

@@ -21,7 +21,7 @@ def build_commands(
     num_speculative_tokens: int | None = None,
     vllm_args: Sequence[str] = (),
 ) -> dict[str, list[str]]:
-    """Builds the servers' commands, which differ in the speculative flags alone.
+    """Build the servers' commands, which differ in the speculative flags alone.
 
     Args:
         model: The model's path or Hugging Face name.
@@ -47,7 +47,7 @@ def build_commands(
 
 
 def resolve_vllm(command: Sequence[str]) -> list[str]:
-    """Finds the `vllm` that belongs to the running Python.
+    """Find the `vllm` that belongs to the running Python.
 
     Args:
         command: A command that begins with `vllm`.
@@ -65,7 +65,7 @@ def resolve_vllm(command: Sequence[str]) -> list[str]:
 
 
 def build_env(name: str, model: str, is_gpu: bool) -> dict[str, str]:
-    """Builds the environment of a server.
+    """Build the environment of a server.
 
     Args:
         name: `PLAIN` or `LAYERSKIP`; the plain one runs without any plugin.

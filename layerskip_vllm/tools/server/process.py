@@ -47,6 +47,10 @@ class Server:
         log_path: Where its output goes.
     """
 
+    name: str
+    port: int
+    log_path: Path
+
     def __init__(
         self,
         name: str,
@@ -98,14 +102,9 @@ class Server:
             ServerError: If it ends or is not up in time; the message has the end of its log.
         """
         try:
-            for attempt in range(_NUM_PORT_ATTEMPTS):
-                self._start()
-                if self._wait_until_up():
-                    return self
-                is_last = attempt == _NUM_PORT_ATTEMPTS - 1
-                if is_last or "ddress already in use" not in self.log:
-                    break
-            raise ServerError(self._describe_failure("ended before it was up"))
+            self.start()
+            self.wait_until_up()
+            return self
         except BaseException:
             self.stop()
             raise
@@ -118,6 +117,36 @@ class Server:
     ) -> None:
         """End the server and all of its processes."""
         self.stop()
+
+    def start(self) -> None:
+        """Start the server without waiting for it; whoever calls this calls `stop` in the end."""
+        self.stop()
+        self.port = find_free_port()
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("wb") as log:
+            # A session of its own: Ctrl-C reaches this process only, which then ends the group in
+            # order.
+            self._process = subprocess.Popen(
+                [*self._command, f"--host={HOST}", f"--port={self.port}"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._env,
+                start_new_session=True,
+            )
+
+    def wait_until_up(self) -> None:
+        """Wait until the started server answers; start it again if its port was taken meanwhile.
+
+        Raises:
+            ServerError: If it ends or is not up in time; the message has the end of its log.
+        """
+        num_attempts = 1
+        while not self._is_up():
+            if "ddress already in use" not in self.log or num_attempts == _NUM_PORT_ATTEMPTS:
+                raise ServerError(self._describe_failure("ended before it was up"))
+            self.start()
+            num_attempts += 1
 
     def check_alive(self) -> None:
         """Do nothing while the server runs.
@@ -170,23 +199,7 @@ class Server:
             self._process.wait()
             self._process = None
 
-    def _start(self) -> None:
-        self.stop()
-        self.port = find_free_port()
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_path.open("wb") as log:
-            # A session of its own: Ctrl-C reaches this process only, which then ends the group in
-            # order.
-            self._process = subprocess.Popen(
-                [*self._command, f"--host={HOST}", f"--port={self.port}"],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self._env,
-                start_new_session=True,
-            )
-
-    def _wait_until_up(self) -> bool:
+    def _is_up(self) -> bool:
         """Return True once the server answers, False if it ends before."""
         assert self._process is not None
         deadline_s = time.monotonic() + self._start_timeout_s
