@@ -72,6 +72,12 @@ class Command(Settings):
     def parse(cls, args: argparse.Namespace) -> Self:
         """Make the command from what `add_parser`'s parser has read.
 
+        Args:
+            args: The parser's namespace.
+
+        Returns:
+            The command, ready to run.
+
         Raises:
             ValueError: If a value does not fit; it says which, and what would be right.
         """
@@ -137,7 +143,7 @@ def _flag(name: str, option: Option) -> str:
 
 
 def _describe(field: FieldInfo) -> str:
-    """What a field means, and its range where it has one."""
+    """Say what a field means, and its range where it has one."""
     limits = [limit for limit in field.metadata if not isinstance(limit, Option)]
     if not limits:
         return field.description or ""
@@ -145,7 +151,7 @@ def _describe(field: FieldInfo) -> str:
 
 
 def _show_default(field: FieldInfo) -> str:
-    """The default in words; nothing where there is none, or it is to do nothing."""
+    """Show the default; nothing where there is none, or it is to do nothing."""
     default = None if field.is_required() else field.get_default(call_default_factory=True)
     return "" if default is None or default is False or default in ((), {}) else str(default)
 

@@ -1,4 +1,4 @@
-"""A child process that runs engines, since an engine's memory is free for sure at its process's end.
+"""A child process that runs engines: an engine's memory is free for sure at its process's end.
 
 `verify`, the benchmarks and the tests name functions for it to call. `EngineProcess` is the
 parent's side; run as a module, this file is the child's. A waiting child sleeps on its socket.
@@ -71,7 +71,15 @@ class EngineProcess:
         return self._queue.submit(self._run, job, args, kwargs)
 
     def run(self, job: str, *args: Any, **kwargs: Any) -> Any:
-        """Run a job and wait for what it returns.
+        """Run a job, see `submit`, and wait for what it returns.
+
+        Args:
+            job: The function `module:name`.
+            *args: Its arguments.
+            **kwargs: Its arguments by name.
+
+        Returns:
+            What it returns.
 
         Raises:
             JobError: If it raises, crashes the child or takes too long.
@@ -133,7 +141,7 @@ class EngineProcess:
             return self._connection
 
     def _end(self, signal_number: int | None, grace_s: float) -> None:
-        """Signal the child, or tell it that no job follows; kill it if it is there `grace_s` later."""
+        """Signal the child, or say that no job follows; kill it if it is there `grace_s` later."""
         with self._lock:
             process, self._process = self._process, None
             connection, self._connection = self._connection, None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 
 def cost_of_round(draft_share: float, num_speculative_tokens: float) -> float:
-    """Returns what one draft-and-verify round reads, in steps of the whole model.
+    """Return what one draft-and-verify round reads, in steps of the whole model.
 
     A round is K draft steps, each through the prefix (the first E layers) and the head, and one
     step of the whole model: K * (prefix + head) + whole, where the whole model counts as 1.
@@ -35,7 +35,7 @@ def cost_of_round(draft_share: float, num_speculative_tokens: float) -> float:
 
 
 def bound_speedup(draft_share: float, num_speculative_tokens: float, accepted: float) -> float:
-    """Returns how many times faster than plain decoding the weights read allow.
+    """Return how many times faster than plain decoding the weights read allow.
 
     A round yields the accepted drafts and one token of the whole model, so the bound is
     (accepted + 1) / (K * (prefix + head) + whole), where the whole model counts as 1. It holds

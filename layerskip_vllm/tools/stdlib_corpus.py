@@ -51,12 +51,12 @@ class SourceFile:
 
 
 def stdlib_root() -> Path:
-    """Returns the folder that holds the running interpreter's standard library."""
+    """Return the folder that holds the running interpreter's standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
 def is_corpus_path(path: str) -> bool:
-    """Returns whether the file at `path`, relative to the root, belongs to the corpus."""
+    """Return whether the file at `path`, relative to the root, belongs to the corpus."""
     folders = path.split("/")[:-1]
     if not path.endswith(".py") or _EXCLUDED_DIRS.intersection(folders):
         return False
@@ -64,13 +64,13 @@ def is_corpus_path(path: str) -> bool:
 
 
 def is_held_out(path: str) -> bool:
-    """Returns whether the file at `path`, relative to the root, is kept apart from training."""
+    """Return whether the file at `path`, relative to the root, is kept apart from training."""
     digest = hashlib.sha256(path.encode()).digest()
     return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
 
 
 def corpus_paths(root: Path | None = None) -> list[str]:
-    """Returns the paths of the corpus's files, relative to `root`, sorted.
+    """Return the paths of the corpus's files, relative to `root`, sorted.
 
     Args:
         root: Folder to look in; the running interpreter's standard library when None.
@@ -88,7 +88,7 @@ def corpus_paths(root: Path | None = None) -> list[str]:
 
 
 def read_files(paths: Iterable[str], root: Path | None = None) -> list[SourceFile]:
-    """Reads files of the corpus; those that are empty or do not decode are left out.
+    """Read files of the corpus; those that are empty or do not decode are left out.
 
     Args:
         paths: Paths relative to `root`.
@@ -111,17 +111,17 @@ def read_files(paths: Iterable[str], root: Path | None = None) -> list[SourceFil
 
 
 def train_files(root: Path | None = None) -> list[SourceFile]:
-    """Returns the files to train on, about 95 % of the corpus, in the order of their paths."""
+    """Return the files to train on, about 95 % of the corpus, in the order of their paths."""
     return read_files([path for path in corpus_paths(root) if not is_held_out(path)], root)
 
 
 def held_out_files(root: Path | None = None) -> list[SourceFile]:
-    """Returns the files kept apart, about 5 % of the corpus, in the order of their paths."""
+    """Return the files kept apart, about 5 % of the corpus, in the order of their paths."""
     return read_files([path for path in corpus_paths(root) if is_held_out(path)], root)
 
 
 def corpus_sha256(files: Iterable[SourceFile]) -> str:
-    """Returns one hex digest over the files' paths and texts, in the order given."""
+    """Return one hex digest over the files' paths and texts, in the order given."""
     digest = hashlib.sha256()
     for file in files:
         for part in (file.path, file.text):

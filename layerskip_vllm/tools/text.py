@@ -17,7 +17,7 @@ STDLIB = "stdlib"
 
 
 def read_documents(data: Sequence[str]) -> list[str]:
-    """Reads texts.
+    """Read texts.
 
     Args:
         data: Files and folders. A `.jsonl` file holds an object with a `text` a line, any other is
@@ -98,7 +98,7 @@ class HeldOutText:
     prefix: list[int]
 
     def cut_sequences(self, seq_len: int, max_tokens: int) -> torch.Tensor:
-        """Cuts sequences that do not overlap, spread evenly over the text.
+        """Cut sequences that do not overlap, spread evenly over the text.
 
         Args:
             seq_len: Tokens to predict in each.
@@ -120,7 +120,7 @@ class HeldOutText:
         return self._spread(sequences, max(1, max_tokens // seq_len))
 
     def cut_prompts(self, num_prompts: int, num_prompt_tokens: int) -> list[list[int]]:
-        """Cuts prompts that do not overlap, spread evenly over the text.
+        """Cut prompts that do not overlap, spread evenly over the text.
 
         Args:
             num_prompts: How many.
@@ -148,7 +148,7 @@ class HeldOutText:
 
 
 def encode_documents(tokenizer: Any, documents: Iterable[str]) -> HeldOutText:
-    """Tokenizes texts with a Hugging Face tokenizer.
+    """Tokenize texts with a Hugging Face tokenizer.
 
     Args:
         tokenizer: The tokenizer.

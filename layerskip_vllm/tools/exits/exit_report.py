@@ -102,7 +102,7 @@ class ExitReport:
         }
 
     def describe(self) -> str:
-        """Returns the result in one sentence."""
+        """Return the result in one sentence."""
         best, num = self.best, self.best.num_speculative_tokens
         gain = f"at best {best.speedup:.2f} times plain decoding"
         if not self.pays:
@@ -111,7 +111,7 @@ class ExitReport:
         return f"Exit after layer {best.exit_layer} of {len(self.exits)}, draft {tokens}: {gain}"
 
     def describe_run(self) -> str:
-        """Returns one line with what was measured."""
+        """Return one line with what was measured."""
         setting, (first, *others) = self.setting, self.setting["data"]
         data = Path(first).name + (f" and {len(others)} more" if others else "")
         return (
@@ -121,7 +121,7 @@ class ExitReport:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Returns everything as a JSON object; a perplexity beyond all numbers is null."""
+        """Return everything as a JSON object; a perplexity beyond all numbers is null."""
         exits = []
         for exit_ in self.exits:
             fields = dataclasses.asdict(exit_)

@@ -24,7 +24,7 @@ from layerskip_vllm.training.exit_evaluation import (
 
 
 def load_decoder(model: str, device: str | None, dtype: str) -> tuple[Any, Any]:
-    """Loads a Hugging Face model and its tokenizer.
+    """Load a Hugging Face model and its tokenizer.
 
     Args:
         model: A folder or a name.
@@ -64,7 +64,7 @@ def measure_exits(
     setting: Mapping[str, Any],
     track: Callable[[str, int], Callable[[int], None]] = lambda _what, _total: lambda _num: None,
 ) -> ExitReport:
-    """Measures all exits of a model.
+    """Measure all exits of a model.
 
     Args:
         model: A Hugging Face causal language model.
@@ -129,7 +129,7 @@ def play_drafts(
     draft_share: float,
     max_num_speculative_tokens: int,
 ) -> tuple[Draft, ...]:
-    """Plays self-speculative decoding from one exit for every K.
+    """Play self-speculative decoding from one exit for every K.
 
     Args:
         exit_layer: E.
@@ -151,7 +151,7 @@ def play_drafts(
 
 
 def read_draft_shares(model: nn.Module) -> list[float]:
-    """Adds up the weights that a draft step reads.
+    """Add up the weights that a draft step reads.
 
     Of an embedding a step reads single rows, and of the final norm next to nothing: neither counts,
     but an embedding that is the head does. All experts of a mixture count.
@@ -175,14 +175,14 @@ def _num_bytes(module: nn.Module) -> int:
 
 
 def find_eos_token_ids(model: Any, tokenizer: Any) -> set[int]:
-    """The tokens that end a text, by the model's generation config and by the tokenizer."""
+    """Find the tokens that end a text, by the model's generation config and by the tokenizer."""
     given = model.generation_config.eos_token_id
     eos_token_ids = {*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id}
     return eos_token_ids - {None}
 
 
 def describe_setting(model: Any, data: Sequence[str], config: ExitsConfig) -> dict[str, Any]:
-    """What a report says of a run."""
+    """Return what a report says of a run."""
     packages = ("layerskip-vllm", "torch", "transformers")
     return {
         "data": list(data),

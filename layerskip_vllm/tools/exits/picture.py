@@ -19,7 +19,7 @@ _SPEEDUP_COLORS = LinearSegmentedColormap.from_list("speedup", ["#9aa5b1", "#fff
 
 
 def draw_exits(path: Path, report: ExitReport) -> None:
-    """Writes the picture.
+    """Write the picture.
 
     Args:
         path: File to write, ending in `.png`.
@@ -29,7 +29,7 @@ def draw_exits(path: Path, report: ExitReport) -> None:
 
 
 def make_figure(report: ExitReport) -> Figure:
-    """Returns the picture: speed-up by E and K, agreement and loss by E, one above the other."""
+    """Return the picture: speed-up by E and K, agreement and loss by E, one above the other."""
     figure = Figure(figsize=(12, 10), dpi=150, facecolor="white")
     speedup, agreement, loss = figure.subplots(
         3, 1, sharex=True, gridspec_kw={"height_ratios": [1.5, 1, 1]}

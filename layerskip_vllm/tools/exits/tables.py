@@ -8,7 +8,7 @@ from layerskip_vllm.tools.exits.exit_report import Draft, ExitReport
 
 
 def build_exit_table(report: ExitReport) -> Table:
-    """Lays the exits out, one a line with the K that promises most, the best one marked."""
+    """Lay the exits out, one a line with the K that promises most, the best one marked."""
     table = Table(
         title="Every exit on held-out text, with its best K",
         caption=f"{report.describe_run()}; the speed-up is the most that the bytes read allow",
@@ -38,7 +38,7 @@ def _describe_draft(draft: Draft | None) -> tuple[str, str, str]:
 
 
 def build_speedup_table(report: ExitReport) -> Table:
-    """Lays the speed-ups out by E and K with the drafts accepted; those above 1 are green."""
+    """Lay the speed-ups out by E and K with the drafts accepted; those above 1 are green."""
     table = Table(title="Speed-up and share of drafts accepted, by E and K")
     table.add_column("E", justify="right", no_wrap=True)
     for draft in report.exits[0].drafts:

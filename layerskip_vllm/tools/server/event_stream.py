@@ -11,7 +11,7 @@ class StreamError(RuntimeError):
 
 
 def parse_sse_line(line: bytes) -> dict[str, Any] | None:
-    """Reads one line of an event stream.
+    """Read one line of an event stream.
 
     Args:
         line: A line as it was received, with or without its line break.
@@ -40,5 +40,5 @@ def parse_sse_line(line: bytes) -> dict[str, Any] | None:
 
 
 def is_done_line(line: bytes) -> bool:
-    """Returns whether `line` is the one that ends an event stream."""
+    """Return whether `line` is the one that ends an event stream."""
     return line.strip() == b"data: [DONE]"

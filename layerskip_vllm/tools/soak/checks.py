@@ -34,7 +34,7 @@ def check_all(
     is_healthy: bool,
     max_growth_mib: float,
 ) -> list[Check]:
-    """Checks a run.
+    """Check a run.
 
     Args:
         tally: Its requests.

@@ -71,7 +71,7 @@ class _Received:
         return sum(len(choice.token_ids) for choice in self.choices.values())
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Takes in a chunk of a stream, or a whole answer.
+        """Take in a chunk of a stream, or a whole answer.
 
         Args:
             event: What the server sent.
@@ -92,7 +92,7 @@ class _Received:
 
 
 async def send(session: aiohttp.ClientSession, request: Request) -> Outcome:
-    """Sends a request and waits for its end.
+    """Send a request and waits for its end.
 
     Args:
         session: A session with the server; its timeout is when a request counts as lost.
@@ -152,7 +152,7 @@ async def _exchange(session: aiohttp.ClientSession, request: Request, received: 
 
 
 def _check_refusal(request: Request, status: int, text: str) -> End:
-    """Checks that a refusal was due, of the right class, and says why."""
+    """Check that a refusal was due, of the right class, and says why."""
     if not request.is_refused:
         raise Fault(f"status {status} for a request that is right: {text[:300]}")
     if not 400 <= status < 500:
@@ -163,7 +163,7 @@ def _check_refusal(request: Request, status: int, text: str) -> End:
 
 
 def _find_message(text: str) -> Any:
-    """What an error says; FastAPI's own, of bodies that it cannot decode, is a `detail`."""
+    """Find what an error says; FastAPI's own, of bodies that it cannot decode, is a `detail`."""
     try:
         answer = json.loads(text)
         return answer["detail"] if "detail" in answer else answer["error"]["message"]
@@ -172,7 +172,7 @@ def _find_message(text: str) -> Any:
 
 
 def _check_whole(request: Request, received: _Received) -> None:
-    """Checks that an answer is whole, whatever its tokens."""
+    """Check that an answer is whole, whatever its tokens."""
     if len(received.choices) != request.num_choices:
         raise Fault(f"{len(received.choices)} choices, expected {request.num_choices}")
     for choice in received.choices.values():
@@ -188,7 +188,7 @@ def _check_whole(request: Request, received: _Received) -> None:
 
 
 def _compare(request: Request, received: _Received, end: End) -> int:
-    """Compares with plain vLLM's answer; returns how many tokens were compared."""
+    """Compare with plain vLLM's answer; return how many tokens were compared."""
     answer = request.question.answer if request.question else None
     if answer is None or 0 not in received.choices or end is End.REFUSED:
         return 0

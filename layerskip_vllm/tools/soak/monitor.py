@@ -36,10 +36,10 @@ class Look:
 
 
 class Monitor:
-    """Looks at a server now and then."""
+    """Look at a server now and then."""
 
     def __init__(self, session: aiohttp.ClientSession, pid: int | None) -> None:
-        """Prepares to look.
+        """Prepare to look.
 
         Args:
             session: A session with the server.
@@ -51,7 +51,7 @@ class Monitor:
         self.looks: list[Look] = []
 
     async def look(self) -> Look:
-        """Looks once.
+        """Look once.
 
         Returns:
             What is seen.
@@ -70,7 +70,7 @@ class Monitor:
         return found
 
     async def keep_looking(self, interval_s: float) -> None:
-        """Looks until cancelled; a server that is away is the requests' fault to find."""
+        """Look until cancelled; a server that is away is the requests' fault to find."""
         while True:
             await asyncio.sleep(interval_s)
             try:
@@ -80,7 +80,7 @@ class Monitor:
 
 
 def read_memory_mib(pid: int) -> float:
-    """Adds up the resident memory of a process and its descendants.
+    """Add up the resident memory of a process and its descendants.
 
     Args:
         pid: The process.
@@ -108,7 +108,7 @@ def read_memory_mib(pid: int) -> float:
 
 
 def measure_growth_mib(looks: Sequence[Look]) -> float | None:
-    """Measures by how much memory has grown once the server was warm.
+    """Measure by how much memory has grown once the server was warm.
 
     The first half of a run is its warm-up: caches fill, and allocators keep what they were given.
     Of the second half, the median of its last third is compared with that of its first third.

@@ -44,7 +44,7 @@ class Question:
 
 
 def make_questions(service: Service, num_questions: int, seed: int) -> list[Question]:
-    """Makes questions of every kind in turn.
+    """Make questions of every kind in turn.
 
     Args:
         service: The server that they are for.
@@ -64,7 +64,7 @@ def make_questions(service: Service, num_questions: int, seed: int) -> list[Ques
 
 
 class _Writer:
-    """Writes bodies of questions; every draw comes from one generator."""
+    """Write bodies of questions; every draw comes from one generator."""
 
     def __init__(self, service: Service, rng: random.Random) -> None:
         self._rng = rng

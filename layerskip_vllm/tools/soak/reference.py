@@ -23,7 +23,7 @@ async def ask_plain(
     concurrency: int,
     on_answer: Callable[[], None],
 ) -> list[Question]:
-    """Asks a plain server all questions.
+    """Ask a plain server all questions.
 
     Args:
         service: The server.
@@ -68,7 +68,7 @@ async def _ask(session: aiohttp.ClientSession, model: str, question: Question) -
 
 
 def write_reference(path: Path, service: Service, questions: Sequence[Question]) -> None:
-    """Writes questions and answers to a file."""
+    """Write questions and answers to a file."""
     content = {
         "max_model_len": service.max_model_len,
         "questions": [_to_json(question) for question in questions],
@@ -77,7 +77,7 @@ def write_reference(path: Path, service: Service, questions: Sequence[Question])
 
 
 def read_reference(path: Path, service: Service) -> list[Question]:
-    """Reads questions and answers from a file of `write_reference`'s.
+    """Read questions and answers from a file of `write_reference`'s.
 
     Args:
         path: The file.
@@ -110,7 +110,7 @@ def read_reference(path: Path, service: Service) -> list[Question]:
 
 
 def check_context(source: str, max_model_len: int, service: Service) -> None:
-    """Refuses answers of a server with another context, which end elsewhere.
+    """Refuse answers of a server with another context, which end elsewhere.
 
     Args:
         source: Where the answers come from.

@@ -73,7 +73,7 @@ UNSUPPORTED: Mapping[str, Mapping[str, Any]] = {
 
 
 def wrong_layerskip_settings(num_speculative_tokens: int) -> dict[str, dict[str, Any]]:
-    """Lists wrong values of a request's own setting of layerskip.
+    """List wrong values of a request's own setting of layerskip.
 
     Args:
         num_speculative_tokens: The server's K.

@@ -59,7 +59,7 @@ async def run_soak(
     questions: Sequence[Question],
     on_progress: Callable[[Soak], None],
 ) -> Soak:
-    """Sends traffic, waits for the server to be idle, and checks.
+    """Send traffic, wait for the server to be idle, and check.
 
     Args:
         config: What the user asks for.
@@ -158,7 +158,7 @@ def _on_interrupt(soak: Soak, workers: Sequence[asyncio.Task[None]]) -> Iterator
 async def _wait_until_idle(
     session: aiohttp.ClientSession, service: Service, monitor: Monitor
 ) -> bool:
-    """Waits for the server to have neither requests nor used blocks left.
+    """Wait for the server to have neither requests nor used blocks left.
 
     vLLM's gauges are of its last step, so a step is made after all requests are gone.
     """

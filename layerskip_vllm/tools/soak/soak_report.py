@@ -16,7 +16,7 @@ _MAX_PAYLOAD_CHARACTERS = 4000
 
 
 def build_soak_table(soak: Soak) -> Table:
-    """Builds a table of the requests, a row a kind."""
+    """Build a table of the requests, a row a kind."""
     ends = [end.value for end in End]
     heads = ["", "sent", *ends, "tokens", "same as plain", "slowest"]
     title = f"{soak.service.model} at {soak.service.url}, {soak.seconds / 60:.1f} minutes"
@@ -31,13 +31,13 @@ def build_soak_table(soak: Soak) -> Table:
 
 
 def describe_checks(soak: Soak) -> list[str]:
-    """Says what was checked, a line a check, as rich markup."""
+    """Say what was checked, a line a check, as rich markup."""
     marks = {True: "[green]ok[/]   ", False: "[red]FAULT[/]"}
     return [f"{marks[check.is_passed]} {check.name}: {check.detail}" for check in soak.checks]
 
 
 def describe_fault(fault: Outcome) -> str:
-    """Says what went wrong with a request, in a line."""
+    """Say what went wrong with a request, in a line."""
     return f"{fault.request.kind} ({fault.request.detail}), {fault.seconds:.1f} s: {fault.reason}"
 
 

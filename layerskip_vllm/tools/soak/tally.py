@@ -45,11 +45,11 @@ class Tally:
     faults: list[Outcome] = field(default_factory=list)
 
     def begin(self, kind: str) -> None:
-        """Counts a request that is about to be sent."""
+        """Count a request that is about to be sent."""
         self.rows.setdefault(kind, Row()).num_sent += 1
 
     def end(self, outcome: Outcome) -> None:
-        """Counts a request's end."""
+        """Count a request's end."""
         row = self.rows[outcome.request.kind]
         row.ends[outcome.end] += 1
         row.num_tokens += outcome.num_tokens

@@ -54,7 +54,7 @@ class Request:
 
 @dataclass
 class Traffic:
-    """Draws requests without end.
+    """Draw requests without end.
 
     Attributes:
         service: The server that they are for.
@@ -74,13 +74,13 @@ class Traffic:
         self._malformed = _list_malformed(self.service)
 
     def draw(self) -> Request:
-        """Returns the next request."""
+        """Return the next request."""
         kinds = self.kinds or list(KINDS)
         (kind,) = self._rng.choices(kinds, [KINDS[name][0] for name in kinds])
         return KINDS[kind][1](self)
 
     def list_alone(self) -> list[Request]:
-        """Returns one request of each setting, for a server that has nothing else to do.
+        """Return one request of each setting, for a server that has nothing else to do.
 
         A batch of one takes other paths than a batch of many, such as steps without any draft.
         """
@@ -93,17 +93,17 @@ class Traffic:
         return [*greedy, *sampled]
 
     def draw_question(self) -> Request:
-        """Returns a greedy question, streamed or not, drafted for as the server does or less."""
+        """Return a greedy question, streamed or not, drafted for as the server does or less."""
         question = self._rng.choice(self.questions)
         return self._ask(question, {}, question.kind, "greedy")
 
     def draw_malformed(self) -> Request:
-        """Returns a request of the wrong form or with a wrong value."""
+        """Return a request of the wrong form or with a wrong value."""
         detail, path, payload = self._rng.choice(self._malformed)
         return Request("malformed", detail, payload, path, is_refused=True)
 
     def _ask_with_one_candidate(self) -> Request:
-        """A question whose sampling leaves the likeliest token alone: the greedy answer."""
+        """Ask with sampling that leaves the likeliest token alone: the greedy answer."""
         question = self._rng.choice(self.questions)
         setting = self._rng.choice(_ONE_CANDIDATE)
         return self._ask(question, setting, "one candidate", f"{question.kind}, {setting}")
@@ -194,7 +194,7 @@ class Traffic:
         return Request("chat", "no chat template", payload, CHAT, is_refused=True)
 
     def _cut_prompt(self, room: int) -> str | list[int]:
-        """A question's prompt, cut so that a completion of `room` tokens fits."""
+        """Cut a question's prompt so that a completion of `room` tokens fits."""
         prompt = self._rng.choice(self.questions).body["prompt"]
         return prompt if isinstance(prompt, str) else prompt[: self.service.max_model_len - room]
 

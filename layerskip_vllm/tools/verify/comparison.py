@@ -58,7 +58,7 @@ class EngineComparison:
     acceptance: float | None
 
     def lost(self, tolerance: float) -> list[Divergence]:
-        """The divergences that are no ties."""
+        """Return the divergences that are no ties."""
         return [divergence for divergence in self.divergences if divergence.gap > tolerance]
 
 
@@ -146,7 +146,7 @@ def _find_gap(expected: ScoredCompletion, found: ScoredCompletion, index: int) -
 def _compare_samples(
     other: EngineOutput, plain_samples: Sequence[EngineOutput]
 ) -> tuple[float | None, float | None]:
-    """The p-value, corrected for the number of prompts (Bonferroni), and the largest distance."""
+    """Return the p-value, corrected for the number of prompts (Bonferroni), and the distance."""
     comparisons = []
     for prompt, sample in enumerate(other.samples):
         expected = [tokens for plain in plain_samples for tokens in plain.samples[prompt]]

@@ -85,7 +85,7 @@ def accept_all(
     *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """The arguments of vLLM's function and its result: `[num_reqs, max_spec_len + 1] int32`."""
+    """Take the arguments of vLLM's function; return `[num_reqs, max_spec_len + 1] int32`."""
     output = draft_token_ids.new_full((len(num_draft_tokens), max_spec_len + 1), -1)
     drafts = torch.split(draft_token_ids, num_draft_tokens)
     for row, draft, bonus in zip(output, drafts, bonus_token_ids, strict=True):

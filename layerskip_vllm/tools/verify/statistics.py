@@ -66,7 +66,7 @@ def compare_samples(
 
 
 def _merge_rare(left: Counter[Tokens], right: Counter[Tokens]) -> list[tuple[int, int]]:
-    """Counts by cell. Rare ones are merged with their neighbours, in the order of their tokens."""
+    """Count by cell; merge rare ones with their neighbours, in the order of their tokens."""
     cells, rare = [], (0, 0)
     for key in sorted(left.keys() | right.keys()):
         pair = (left[key], right[key])
