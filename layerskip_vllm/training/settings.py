@@ -36,7 +36,8 @@ class LayerSkipSettings(LayerDropoutSettings):
     )
     curriculum: Curriculum = Field(
         default="rotational",
-        description="Which exits have a loss at a step: all, some in turn, or more.",
+        description="Which exits have a loss at a step, besides the whole model: every R-th, by "
+        'turns, more and more from the last down, or all with "none".',
     )
     rotation: int = Field(
         default=8,
