@@ -191,6 +191,20 @@ def test_server_says_what_drafts_when_its_metrics_are_read(server: ModelServer) 
     }
 
 
+def test_every_api_server_knows_what_drafts_when_there_are_two(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    flags = ["--api-server-count=2", "--speculative-model=layerskip", "--spec-exit-layer=3"]
+    with ModelServer(tmp_path, str(checkpoint("llama")), *flags) as server:
+        metrics = [server.fetch("/metrics") for _ in range(4)]  # of either server
+        names = set(re.findall(r"\((\w+) pid=\d+\) INFO .* layerskip: exit_layer=3 ", server.log))
+        assert "exit_layer=2" not in server.log
+    assert {"ApiServer_0", "ApiServer_1"} <= names
+    for text in metrics:
+        (line,) = (row for row in text.splitlines() if row.startswith("vllm:layerskip_info{"))
+        assert 'exit_layer="3",exit_layer_source="the user"' in line
+
+
 def test_worker_logs_that_layerskip_is_on_when_it_drafts(
     server: ModelServer, checkpoint: Callable[..., Path]
 ) -> None:
