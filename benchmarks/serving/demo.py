@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from benchmarks.serving.comparison import Comparison, compare_rounds
-from benchmarks.serving.picture import draw_comparisons
+from benchmarks.serving.picture import make_figure
 from benchmarks.serving.report import (
     RunSetting,
     build_table,
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     console.print(build_table(comparisons, setting))
     write_json(args.output_dir / "demo.json", to_json(comparisons, setting))
-    draw_comparisons(args.output_dir / "demo.png", comparisons, setting)
+    make_figure(comparisons, setting).savefig(args.output_dir / "demo.png")
     console.print(f"Written: {args.output_dir}/demo.png and {args.output_dir}/demo.json")
     return 0 if is_same else 1
 
@@ -104,7 +104,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--num-prompts", type=_positive_int, default=16, help="prompts a round")
     add("--max-tokens", type=_positive_int, default=128, help="most tokens a completion")
-    add("--rounds", type=_positive_int, default=4, help="rounds on each server")
+    add("--rounds", type=_positive_int, default=3, help="rounds on each server")
     add("--output-dir", type=Path, default=_DEFAULT_OUTPUT_DIR)
     add("vllm_args", nargs="*", metavar="-- VLLM_ARGS")
     return parser.parse_args(argv)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,36 +14,38 @@ from layerskip_vllm.tools.chart_style import INK, LAYERSKIP, MUTED, PLAIN, TRACK
 _LEFT = 0.03
 
 
-def draw_comparisons(path: Path, comparisons: Sequence[Comparison], setting: RunSetting) -> None:
-    """Write the picture.
+def make_figure(comparisons: Sequence[Comparison], setting: RunSetting) -> Figure:
+    """Return the picture.
 
     Args:
-        path: File to write, ending in `.png`.
         comparisons: The result, one for each number of requests.
         setting: What was run, for the lines below the charts.
+
+    Returns:
+        A chart of speeds for each number of requests, and the acceptance with the first of them.
     """
     num_loads = len(comparisons)
-    figure = Figure(figsize=(max(9.0, 4.5 + 3.2 * num_loads), 5.8), dpi=150, facecolor="white")
+    figure = Figure(figsize=(max(9.0, 5.0 + 3.2 * num_loads), 5.4), dpi=150, facecolor="white")
     *speeds, acceptance = figure.subplots(
-        1, num_loads + 1, gridspec_kw={"width_ratios": [1] * num_loads + [1.5]}
+        1, num_loads + 1, gridspec_kw={"width_ratios": [1] * num_loads + [1.6]}
     )
-    figure.subplots_adjust(left=_LEFT, right=0.97, top=0.66, bottom=0.27, wspace=0.22)
+    figure.subplots_adjust(left=_LEFT, right=0.97, top=0.7, bottom=0.28, wspace=0.22)
     for axes, comparison in zip(speeds, comparisons, strict=True):
         _draw_speeds(axes, comparison)
     _draw_acceptance(acceptance, comparisons[0])
     _write_headline(figure, comparisons)
     figure.text(_LEFT, 0.035, setting.describe(), color=MUTED, fontsize=9.5, linespacing=1.5)
-    figure.savefig(path)
+    return figure
 
 
 def _write_headline(figure: Figure, comparisons: Sequence[Comparison]) -> None:
     gains = ", ".join(f"{c.load}: {c.speedup:.2f} times" for c in comparisons)
-    headline = f"{gains} plain vLLM"
-    size = min(21.0, 21 * figure.get_figwidth() * 6.1 / len(headline))
-    figure.text(_LEFT, 0.905, headline, fontsize=size, fontweight="bold", color=INK)
+    headline = f"{gains[0].upper()}{gains[1:]} plain vLLM"
+    size = min(21.0, 116 * figure.get_figwidth() / len(headline))  # as wide as the picture at most
+    figure.text(_LEFT, 0.915, headline, fontsize=size, fontweight="bold", color=INK)
     color = LAYERSKIP if is_every_token_same(comparisons) else WRONG
     equality = describe_equality(comparisons)
-    figure.text(_LEFT, 0.845, f"LayerSkip, {equality}", fontsize=12.5, color=color)
+    figure.text(_LEFT, 0.855, f"LayerSkip in vLLM, {equality}", fontsize=12.5, color=color)
 
 
 def _draw_speeds(axes: Axes, comparison: Comparison) -> None:
@@ -74,12 +75,15 @@ def _draw_acceptance(axes: Axes, comparison: Comparison) -> None:
     positions = range(1, len(shares) + 1)
     axes.bar(positions, 100, width=0.7, color=TRACK)
     bars = axes.bar(positions, [100 * share for share in shares], width=0.7, color=LAYERSKIP)
-    size = 12 if len(shares) <= 6 else 9
-    axes.bar_label(bars, fmt="%.0f %%", padding=3, fontsize=size, fontweight="bold", color=INK)
+    size = min(12, 96 / len(shares))
+    axes.bar_label(bars, fmt="%.0f%%", padding=3, fontsize=size, fontweight="bold", color=INK)
     axes.set_ylim(0, 115)
     axes.set_xticks(positions)
     axes.set_yticks([])
     axes.set_xlabel("position in the draft", color=MUTED, fontsize=9)
     length = comparison.counters.mean_acceptance_length
-    hint = f"{comparison.load}; mean acceptance length {length:.2f}, plain vLLM's is 1"
-    style_axes(axes, "Drafted tokens accepted", hint)
+    style_axes(
+        axes,
+        f"Drafted tokens accepted, {comparison.load}",
+        f"mean acceptance length {length:.2f}; plain vLLM's is 1",
+    )

@@ -59,16 +59,6 @@ def is_every_token_same(comparisons: Sequence[Comparison]) -> bool:
     return not any(comparison.mismatches for comparison in comparisons)
 
 
-def describe_gains(comparisons: Sequence[Comparison], unit: str = "tokens a second") -> list[str]:
-    """Return a phrase for each number of requests: what drafting gains."""
-    return [
-        f"{comparison.load}: {comparison.speedup:.2f} times plain vLLM "
-        f"({comparison.layerskip.tokens_per_s:.0f} against "
-        f"{comparison.plain.tokens_per_s:.0f} {unit})"
-        for comparison in comparisons
-    ]
-
-
 def describe_equality(comparisons: Sequence[Comparison]) -> str:
     """Return whether every token was the same, with the numbers that say so."""
     if is_every_token_same(comparisons):
@@ -85,7 +75,13 @@ def describe_equality(comparisons: Sequence[Comparison]) -> str:
 
 def describe_result(comparisons: Sequence[Comparison]) -> str:
     """Return the headline: what each number of requests gains, and that no token changes."""
-    return "; ".join([*describe_gains(comparisons), describe_equality(comparisons)])
+    gains = [
+        f"{comparison.load}: {comparison.speedup:.2f} times plain vLLM "
+        f"({comparison.layerskip.tokens_per_s:.0f} against "
+        f"{comparison.plain.tokens_per_s:.0f} tokens a second)"
+        for comparison in comparisons
+    ]
+    return "; ".join([*gains, describe_equality(comparisons)])
 
 
 def _describe_range(speed: Speed) -> str:

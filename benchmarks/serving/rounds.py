@@ -7,6 +7,7 @@ each of them.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import aiohttp
@@ -18,6 +19,9 @@ from benchmarks.serving.comparison import describe_load
 from benchmarks.serving.vllm_command import SERVED_MODEL_NAME
 from layerskip_vllm.tools.server.event_stream import StreamError
 from layerskip_vllm.tools.server.process import Server
+
+# A server's worker looks for work in a busy loop for a second after its last step.
+_REST_S = 1.2
 
 
 class ProgressBar:
@@ -108,6 +112,7 @@ def measure_in_turns(
         for name in names[first:] + names[:first]:
             load = describe_load(concurrency)
             bar.say(f"{load}: round {index + 1} of {len(prompts_by_round)}, {name}")
+            time.sleep(_REST_S)
             round_ = ask(servers[name], prompts, max_tokens, concurrency, bar.advance)
             rounds[name].append(round_)
             bar.advance(max_tokens * len(prompts) - round_.num_tokens)  # ended at the EOS token

@@ -83,8 +83,13 @@ def build_env(name: str, model: str, is_gpu: bool) -> dict[str, str]:
         env["VLLM_PLUGINS"] = ""
     if is_gpu:
         return env
-    if (os.cpu_count() or 1) > 1:
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) > 1:
         env.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "1")
+    if len(cores) == 2:
+        # vLLM binds a model to the cores left, and what compiles it with it: here to the same core
+        # in both servers, which start at the same time.
+        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(cores[name == LAYERSKIP]))
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
     if openmp.exists():
         env["LD_PRELOAD"] = _join_preloads(openmp, env)

@@ -25,7 +25,7 @@ def test_assembler_joins_chunks_and_times_the_first_token():
     assert assembler.add(make_event("cde", [2, 3, 4]), now_s=11.0) == 3
     assert assembler.add({"choices": [], "usage": {}}, now_s=12.0) == 0
     completion = assembler.finish()
-    assert completion == Completion("abcde", (1, 2, 3, 4), ttft_s=0.5, latency_s=1.0)
+    assert completion == Completion((1, 2, 3, 4), ttft_s=0.5, latency_s=1.0)
     assert completion.tpot_s == pytest.approx(0.5 / 3)
 
 
@@ -40,11 +40,11 @@ def test_assembler_raises_when_no_token_came():
 
 
 def test_tpot_is_none_when_there_is_one_token():
-    assert Completion("a", (1,), ttft_s=1.0, latency_s=1.0).tpot_s is None
+    assert Completion((1,), ttft_s=1.0, latency_s=1.0).tpot_s is None
 
 
 def test_round_counts_all_tokens_a_second():
-    completion = Completion("ab", (1, 2), ttft_s=0.1, latency_s=0.2)
+    completion = Completion((1, 2), ttft_s=0.1, latency_s=0.2)
     assert Round((completion, completion), duration_s=2.0).tokens_per_s == 2.0
 
 
@@ -99,8 +99,8 @@ def test_complete_round_keeps_the_order_and_the_concurrency():
     seen = []
     prompts = ["abcdef", "g", "hijk", "lm", "nopq"]
     round_ = server.run(prompts, max_tokens=4, concurrency=2, on_tokens=seen.append)
-    assert [completion.text for completion in round_.completions] == [p[:4] for p in prompts]
-    assert round_.completions[2].token_ids == tuple(map(ord, "hijk"))
+    expected = [tuple(map(ord, prompt[:4])) for prompt in prompts]
+    assert [completion.token_ids for completion in round_.completions] == expected
     assert sum(seen) == round_.num_tokens == 4 + 1 + 4 + 2 + 4
     assert server.max_open == 2
     assert {body["temperature"] for body in server.bodies} == {0}
@@ -113,5 +113,5 @@ def test_complete_round_raises_when_a_request_is_refused():
 
 
 def test_complete_round_raises_when_a_stream_breaks_off():
-    with pytest.raises(StreamError, match="before its end"):
+    with pytest.raises(StreamError, match="broke off"):
         FakeServer(last_line="").run(["abc"], max_tokens=4, concurrency=1)

@@ -1,13 +1,12 @@
 """The demo's command line, the commands it runs, and the versions of the tools."""
 
-import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.serving.demo import build_setting, main, parse_args
+from benchmarks.serving.demo import main, parse_args
 from benchmarks.serving.vllm_command import (
     LAYERSKIP,
     PLAIN,
@@ -34,30 +33,15 @@ def test_parse_args_names_option_and_value_when_a_number_is_wrong(value, capsys)
     assert f"{value!r}; it must be an integer of at least 1" in message
 
 
-@pytest.mark.parametrize(
-    ("arguments", "exit_layer", "num_speculative_tokens"),
-    [([], 2, 3), (["--exit-layer=1", "--num-speculative-tokens=5"], 1, 5)],
-)
-def test_setting_has_the_checkpoints_own_unless_told(
-    arguments, exit_layer, num_speculative_tokens, tmp_path
-):
-    layerskip = {"exit_layer": 2, "num_speculative_tokens": 3}
-    config = {"model_type": "llama", "num_hidden_layers": 6, "layerskip": layerskip}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    setting = build_setting(
-        parse_args(["--model", str(tmp_path), *arguments]), {"plain": ["vllm", "serve", "a b"]}
-    )
-    assert setting.exit_layer == exit_layer
-    assert setting.num_speculative_tokens == num_speculative_tokens
-    assert setting.num_layers == 6
-    assert setting.commands == {"plain": "vllm serve 'a b'"}
+def test_parse_args_takes_several_numbers_of_requests():
+    assert parse_args([]).concurrency == [1, 8]
+    assert parse_args(["--concurrency", "2", "4", "16"]).concurrency == [2, 4, 16]
 
 
-def test_main_names_the_model_when_it_does_not_exist(capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_main_names_the_model_when_it_does_not_exist(capsys, tmp_path):
     status = main(["--model", "./no-such-folder", "--output-dir", str(tmp_path)])
     assert status == 2
-    assert "--model is './no-such-folder'" in capsys.readouterr().out
+    assert "--model is './no-such-folder', which is no folder" in capsys.readouterr().out
 
 
 def test_main_names_the_limit_when_there_are_too_few_prompts(capsys):
@@ -82,7 +66,8 @@ def test_commands_leave_out_what_the_checkpoint_says_itself():
     assert build_commands("m", "float32")[LAYERSKIP][-1] == "--speculative-model=layerskip"
 
 
-def test_env_of_the_plain_server_loads_no_plugin(tmp_path):
+def test_env_of_the_plain_server_loads_no_plugin(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3})
     plain = build_env(PLAIN, str(tmp_path), is_gpu=False)
     layerskip = build_env(LAYERSKIP, str(tmp_path), is_gpu=False)
     assert plain["VLLM_PLUGINS"] == ""
@@ -114,14 +99,31 @@ def test_pre_commit_has_the_versions_that_the_setup_installs():
     assert set(found) <= pinned
 
 
-def test_env_leaves_a_core_to_the_server_on_the_cpu_alone(monkeypatch):
+@pytest.mark.parametrize(
+    ("cores", "is_gpu", "given", "expected"),
+    [
+        ({0, 1, 2, 3}, False, None, "1"),
+        ({0, 1, 2, 3}, True, None, None),
+        ({0}, False, None, None),
+        ({0, 1, 2, 3}, False, "4", "4"),
+    ],
+)
+def test_env_leaves_a_core_to_the_server_on_the_cpu_alone(
+    cores, is_gpu, given, expected, monkeypatch
+):
     name = "VLLM_CPU_NUM_OF_RESERVED_CPU"
     monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-    assert build_env(LAYERSKIP, "m", is_gpu=False)[name] == "1"
-    assert name not in build_env(LAYERSKIP, "m", is_gpu=True)
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
-    assert name not in build_env(LAYERSKIP, "m", is_gpu=False)
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
-    monkeypatch.setenv(name, "4")
-    assert build_env(LAYERSKIP, "m", is_gpu=False)[name] == "4"
+    if given is not None:
+        monkeypatch.setenv(name, given)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: cores)
+    assert build_env(LAYERSKIP, "m", is_gpu=is_gpu).get(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("cores", "expected"), [({4, 7}, ["4", "7"]), ({0, 1, 2}, [None, None]), ({0}, [None, None])]
+)
+def test_env_gives_each_server_a_core_where_there_are_two(cores, expected, monkeypatch):
+    name = "VLLM_CPU_OMP_THREADS_BIND"
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: cores)
+    assert [build_env(server, "m", False).get(name) for server in (PLAIN, LAYERSKIP)] == expected
