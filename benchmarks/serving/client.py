@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 
-from layerskip_vllm.tools.server.event_stream import StreamError, is_done_line, parse_sse_line
+from layerskip_vllm.tools.server.event_stream import StreamError, read_events
 
 _REQUEST_TIMEOUT_S = 600
 
@@ -144,13 +144,9 @@ async def _complete(
         if response.status != 200:
             message = (await response.text())[:500]
             raise StreamError(f"the server answered with status {response.status}: {message}")
-        async for line in response.content:
-            if is_done_line(line):
-                return assembler.finish()
-            event = parse_sse_line(line)
-            if event is not None:
-                on_tokens(assembler.add(event, time.perf_counter()))
-    raise StreamError("the server closed a stream before its end.")
+        async for event in read_events(response.content):
+            on_tokens(assembler.add(event, time.perf_counter()))
+    return assembler.finish()
 
 
 async def complete_round(

@@ -1,8 +1,9 @@
-"""The lines of the event streams (SSE) that a server answers with; `soak` and the benchmarks."""
+"""The event streams (SSE) that a server answers with, read for `soak` and the benchmarks."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterable, AsyncIterator
 from typing import Any
 
 
@@ -10,22 +11,29 @@ class StreamError(RuntimeError):
     """The server refused a request or broke off its stream."""
 
 
-def parse_sse_line(line: bytes) -> dict[str, Any] | None:
-    """Read one line of an event stream.
+async def read_events(lines: AsyncIterable[bytes]) -> AsyncIterator[dict[str, Any]]:
+    """Read an event stream up to its `[DONE]`.
 
     Args:
-        line: A line as it was received, with or without its line break.
+        lines: The stream's lines, with or without their line breaks.
 
-    Returns:
-        The JSON object that it carries; None for the empty lines and comments between events, and
-        for `[DONE]`, which `is_done_line` tells apart.
+    Yields:
+        The JSON object of each event.
 
     Raises:
-        StreamError: If the line is no `data:` line, no JSON object, or the server's error message.
+        StreamError: If a line is no `data:` line, no JSON object, or the server's error message, or
+            the stream ends before it is done.
     """
-    text = line.decode().strip()
-    if not text or text.startswith(":") or is_done_line(line):
-        return None
+    async for line in lines:
+        text = line.decode().strip()
+        if text == "data: [DONE]":
+            return
+        if text and not text.startswith(":"):  # an empty line or a comment between events
+            yield _parse(text)
+    raise StreamError("the stream broke off without an error")
+
+
+def _parse(text: str) -> dict[str, Any]:
     if not text.startswith("data:"):
         raise StreamError(f"expected a 'data:' line from the server, got {text[:200]!r}.")
     try:
@@ -37,8 +45,3 @@ def parse_sse_line(line: bytes) -> dict[str, Any] | None:
     if "error" in event:
         raise StreamError(f"the server reports: {event['error']}")
     return event
-
-
-def is_done_line(line: bytes) -> bool:
-    """Return whether `line` is the one that ends an event stream."""
-    return line.strip() == b"data: [DONE]"

@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 
-from layerskip_vllm.tools.server.event_stream import StreamError, is_done_line, parse_sse_line
+from layerskip_vllm.tools.server.event_stream import StreamError, read_events
 from layerskip_vllm.tools.soak.traffic import Request
 from layerskip_vllm.tools.tokens import first_difference
 
@@ -140,15 +140,11 @@ async def _exchange(session: aiohttp.ClientSession, request: Request, received: 
         after = request.cancel_after_tokens
         if after == 0:
             return End.CANCELLED
-        async for line in response.content:
-            if is_done_line(line):
-                return End.ANSWERED
-            event = parse_sse_line(line)
-            if event is not None:
-                received.add(event)
+        async for event in read_events(response.content):
+            received.add(event)
             if after is not None and received.num_tokens >= after:
                 return End.CANCELLED
-    raise Fault("the stream broke off without an error")
+    return End.ANSWERED
 
 
 def _check_refusal(request: Request, status: int, text: str) -> End:
