@@ -1,14 +1,14 @@
 """Sampled tokens keep the target's distribution, whatever the drafts are.
 
 The prompt is sampled from many times, with plain vLLM twice and with drafts, and two samples are
-compared by a chi-square test on pairs of neighbouring tokens (`verification.statistics`).
+compared by a chi-square test on pairs of neighbouring tokens (`verify.statistics`).
 """
 
 from dataclasses import replace
 
 import pytest
 
-from layerskip_vllm.tools.verify.statistics import compare
+from layerskip_vllm.tools.verify.statistics import compare_samples
 from tests.support.checks import assert_some_accepted_some_refused
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
@@ -65,7 +65,7 @@ def test_distribution_is_the_targets_when_drafts_are(engines, name, scenario, me
     by chance once in 500,000 runs.
     """
     one, other = plain_samples(engines, name, scenario)
-    assert compare(one, other).p_value > FALSE_ALARM
+    assert compare_samples(one, other).p_value > FALSE_ALARM
     engine = scenario.engine | {"seed": 3, "enable_prefix_caching": is_cached}
     speculative = layerskip(EXIT_LAYER, K, draft_sample_method=method)
     drafting = replace(scenario, engine=engine, speculative=speculative)
@@ -73,7 +73,7 @@ def test_distribution_is_the_targets_when_drafts_are(engines, name, scenario, me
     assert_some_accepted_some_refused(drafted)
     if is_cached:
         assert sum(step.num_padded for step in drafted.steps) > SAMPLE_SIZE[name] / 2
-    result = compare(sample(drafted), [*one, *other])
+    result = compare_samples(sample(drafted), [*one, *other])
     assert result.p_value > FALSE_ALARM, result
 
 
@@ -88,7 +88,7 @@ def test_distribution_is_the_targets_when_verification_is_by_block(engines, scen
     engine = scenario.engine | {"seed": 3}
     (drafted,) = engines.serve("v2", replace(scenario, engine=engine, speculative=speculative))
     assert_some_accepted_some_refused(drafted)
-    assert compare(sample(drafted), [*one, *other]).p_value > FALSE_ALARM
+    assert compare_samples(sample(drafted), [*one, *other]).p_value > FALSE_ALARM
 
 
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
@@ -107,9 +107,9 @@ def test_comparison_fails_when_drafts_are_accepted_unconditionally(engines, name
         }
         (drafted,) = engines.serve(name, replace(scenario, speculative=speculative))
     assert drafted.num_accepted == drafted.num_draft_tokens
-    result = compare(sample(drafted), [*one, *other])
+    result = compare_samples(sample(drafted), [*one, *other])
     assert result.p_value < FALSE_ALARM / 1e6
-    assert result.distance > 2 * compare(one, other).distance
+    assert result.distance > 2 * compare_samples(one, other).distance
 
 
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
