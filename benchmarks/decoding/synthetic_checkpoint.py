@@ -304,6 +304,8 @@ def _measure(model: Any, spec: SyntheticSpec, scale: float) -> dict[str, Any]:
     import torch
     from transformers import DynamicCache
 
+    from layerskip_vllm.training.exit_evaluation import simulate_acceptance
+
     prompts = make_prompts(spec.vocab_size, NUM_CALIBRATION_PROMPTS, NUM_PROMPT_TOKENS, spec.seed)
     ids = torch.tensor(prompts, device=model.device)
     cache, tokens, agreements, gaps = DynamicCache(config=model.config), [], [], []
@@ -318,40 +320,14 @@ def _measure(model: Any, spec: SyntheticSpec, scale: float) -> dict[str, Any]:
             ids = logits.argmax(dim=-1, keepdim=True)
             tokens.append(ids[:, 0])
             agreements.append(ids[:, 0] == drafts)
-    accepted, drafted = count_accepted(
-        torch.stack(agreements, dim=1).tolist(), spec.num_speculative_tokens
-    )
+    played = simulate_acceptance(list(torch.stack(agreements, dim=1)), spec.num_speculative_tokens)
     return {
         "exit_layer": spec.exit_layer,
         "late_scale": scale,
-        "acceptance": accepted / drafted,
+        "acceptance": played.rate,
         "distinct_ngrams": share_of_distinct_ngrams(torch.stack(tokens, dim=1).tolist()),
         "near_ties": (torch.stack(gaps) < 0.02).float().mean().item(),
     }
-
-
-def count_accepted(
-    agreements: Sequence[Sequence[bool]], num_speculative_tokens: int
-) -> tuple[int, int]:
-    """Counts the drafts that draft-and-verify rounds over finished texts accept.
-
-    Args:
-        agreements: For each text, whether the draft of each token is the token itself.
-        num_speculative_tokens: K, the tokens in a draft.
-
-    Returns:
-        Accepted and drafted tokens, over the rounds whose K drafts and one token fit into a text.
-    """
-    accepted = drafted = 0
-    for text in agreements:
-        position = 0
-        while position + num_speculative_tokens < len(text):
-            drafts = list(text[position : position + num_speculative_tokens])
-            num_accepted = [*drafts, False].index(False)
-            accepted += num_accepted
-            drafted += num_speculative_tokens
-            position += num_accepted + 1
-    return accepted, drafted
 
 
 def share_of_distinct_ngrams(texts: Sequence[Sequence[int]], num_tokens: int = 4) -> float:

@@ -79,6 +79,26 @@ def test_acceptance_counts_rounds_when_worked_by_hand():
     assert acceptance.rate == pytest.approx(5 / 9)
 
 
+@pytest.mark.parametrize(
+    ("flags", "accepted", "drafted"),
+    [
+        # Two rounds of two drafts and one token each, after the prompt's own.
+        ([[False, True, True, True, True, True]], 4, 4),
+        # A miss ends a round and is its token: drafts 1-2, then 2-3 (0 accepted), then 3-4.
+        ([[False, False, False, True, True]], 2, 6),
+        ([[False, True, False, True, True]], 3, 4),
+        # No room for two drafts.
+        ([[False, True]], 0, 0),
+        ([[False, True, True], [False, False, True]], 2, 4),
+    ],
+)
+def test_acceptance_follows_rounds_when_counted_by_hand(flags, accepted, drafted):
+    acceptance = simulate_acceptance([torch.tensor(row) for row in flags], 2)
+
+    assert 2 * acceptance.num_rounds == drafted
+    assert acceptance.rate * drafted == pytest.approx(accepted)
+
+
 def test_acceptance_adds_up_rounds_when_there_are_several_prompts():
     flags = [torch.tensor([True, True, True]), torch.tensor([True, False, True])]
 
