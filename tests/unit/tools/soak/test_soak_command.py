@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from layerskip_vllm.tools.commands import main
+from layerskip_vllm.tools.server.service import inspect
 from tests.unit.tools.soak import fake_server
 from tests.unit.tools.soak.fake_server import FakeServer
 
@@ -74,6 +75,13 @@ def test_command_compares_with_what_it_recorded_when_given_a_reference(
     fault = written["faults"][0]
     assert "token 0 differs from plain vLLM's" in fault["reason"]
     assert json.loads(fault["payload"])["temperature"] == 0
+
+
+def test_server_is_asked_what_it_drafts_with_when_it_is_inspected(
+    server: tuple[FakeServer, str], plain: str
+) -> None:
+    assert asyncio.run(inspect(server[1])).num_speculative_tokens == fake_server.K
+    assert asyncio.run(inspect(plain)).num_speculative_tokens is None
 
 
 def test_command_asks_the_plain_server_when_there_is_one(

@@ -48,6 +48,11 @@ SECOND = PAGE.format(
     tokens=150, requests=6, first_s=1.4, drafts=30, drafted=60, accepted=40, at_0=22, at_1=18
 )
 
+INFO = (
+    'vllm:layerskip_info{engine="0",exit_layer="12",exit_layer_source="the user",'
+    'num_speculative_tokens="2",num_speculative_tokens_source="the checkpoint\'s config.json",'
+    'num_layers="24",exit_adapter=""} 1.0\n'
+)
 
 STARTING = ""  # A proxy's answer while the server behind it starts.
 
@@ -122,6 +127,24 @@ def test_watch_prints_the_interval_when_told_to_look_once(
     assert "70%" in printed
     # (1.5 + 1) / (2 * 0.29 + 1): a draft step reads 29 % of the embedded checkpoint's bytes.
     assert "1.58" in printed
+
+
+def test_watch_says_what_drafts_and_bounds_it_when_the_server_says_so(
+    server: tuple[str, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, pages = server
+    model = "checkpoints/stdlib-24l"
+    look = ["watch", url, "--once", "--interval", "0.01", "--model", model]
+    pages[:] = [FIRST + INFO, SECOND + INFO]
+    assert main(look) == 0
+    printed = capsys.readouterr().out
+    assert "layers [0, 12) of 24 draft 2 tokens" in printed
+    assert "E is from the user, K from the checkpoint's config.json" in printed
+    # (1.5 + 1) / (2 * 0.53 + 1): twice the layers that the checkpoint itself would have draft.
+    assert "1.22" in printed
+    pages[:] = [FIRST + INFO, SECOND + INFO]
+    assert main([*look, "--exit-layer", "6"]) == 0
+    assert "1.58" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
