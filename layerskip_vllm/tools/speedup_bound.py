@@ -1,22 +1,20 @@
 """What self-speculative decoding gains at best when reading the weights is all that costs.
 
 Called by `layerskip-vllm exits` for what an exit promises, by `layerskip-vllm watch` for what a
-server could gain, and by `benchmarks.decoding.speedup` for the bound beside what it measures. Plain
-arithmetic; nothing is imported.
+server could gain, and by `benchmarks.decoding.speedup` for the bound beside what it measures.
 """
 
 from __future__ import annotations
 
 
 def cost_of_round(draft_share: float, num_speculative_tokens: float) -> float:
-    """Return what one draft-and-verify round reads, in steps of the whole model.
+    """Return what one draft and its verification read, in steps of the target.
 
-    A round is K draft steps, each through the prefix (the first E layers) and the head, and one
-    step of the whole model: K * (prefix + head) + whole, where the whole model counts as 1.
+    That is K draft steps and one step of the target: K * draft_share + 1.
 
     Args:
-        draft_share: Prefix and head, as a share of what a step of the whole model reads: all
-            layers and the head.
+        draft_share: What a draft step reads, the first E layers and the head, as a share of what a
+            step of the target reads: all layers and the head.
         num_speculative_tokens: K, the tokens in a draft; their mean where drafts differ.
 
     Returns:
@@ -37,22 +35,21 @@ def cost_of_round(draft_share: float, num_speculative_tokens: float) -> float:
 def bound_speedup(draft_share: float, num_speculative_tokens: float, accepted: float) -> float:
     """Return how many times faster than plain decoding the weights read allow.
 
-    A round yields the accepted drafts and one token of the whole model, so the bound is
-    (accepted + 1) / (K * (prefix + head) + whole), where the whole model counts as 1. It holds
-    where reading weights is what a step costs: batch 1, nearly. In larger batches a plain step
-    shares one reading between its requests too, so the bound stays what it is, and compute, which
-    verifying multiplies by K + 1, comes on top.
+    A verification yields the accepted tokens and one of the target's own, so the bound is
+    (accepted + 1) / (K * draft_share + 1). It holds where reading weights is what a step costs:
+    batch 1, nearly. In larger batches a plain step shares one reading between its requests too, so
+    the bound stays what it is, and compute, which verifying multiplies by K + 1, comes on top.
 
     Args:
-        draft_share: Prefix and head, as for `cost_of_round`.
+        draft_share: As for `cost_of_round`.
         num_speculative_tokens: K, as for `cost_of_round`.
-        accepted: The mean number of drafts accepted in a round, 0 to K.
+        accepted: The mean number of tokens accepted of a draft, 0 to K.
 
     Returns:
         The bound, in times plain decoding.
 
     Raises:
-        ValueError: If a round cannot accept that many drafts, or another number is out of range.
+        ValueError: If a draft cannot have that many accepted, or another number is out of range.
     """
     cost = cost_of_round(draft_share, num_speculative_tokens)
     if not 0 <= accepted <= num_speculative_tokens:

@@ -135,7 +135,7 @@ def play_drafts(
         exit_layer: E.
         matches: For each prompt `[num_new_tokens] bool`, whether the exit would have drafted the
             token.
-        draft_share: What a draft step reads, as a share of a step of the whole model.
+        draft_share: What a draft step reads, as a share of a step of the target.
         max_num_speculative_tokens: K goes from 1 to this.
 
     Returns:

@@ -21,7 +21,7 @@ def draw(url: str, intervals: Sequence[Interval], draft_share: float | None) -> 
     Args:
         url: The server's address.
         intervals: The last interval, and that since watching began, if it is longer.
-        draft_share: What a draft step reads, as a share of what a step of the whole model does;
+        draft_share: What a draft step reads, as a share of what a step of the target does;
             None if it is not known, and with it the bound on the speed-up.
 
     Returns:
