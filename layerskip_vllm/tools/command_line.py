@@ -70,17 +70,7 @@ class Command(Settings):
 
     @classmethod
     def parse(cls, args: argparse.Namespace) -> Self:
-        """Make the command from what `add_parser`'s parser has read.
-
-        Args:
-            args: The parser's namespace.
-
-        Returns:
-            The command, ready to run.
-
-        Raises:
-            ValueError: If a value does not fit; it says which, and what would be right.
-        """
+        """Make the command of what its parser has read; a ValueError says what does not fit."""
         given = {name: value for name, value in vars(args).items() if name in cls.model_fields}
         lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
         try:

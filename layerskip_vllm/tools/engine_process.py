@@ -71,19 +71,7 @@ class EngineProcess:
         return self._queue.submit(self._run, job, args, kwargs)
 
     def run(self, job: str, *args: Any, **kwargs: Any) -> Any:
-        """Run a job, see `submit`, and wait for what it returns.
-
-        Args:
-            job: The function `module:name`.
-            *args: Its arguments.
-            **kwargs: Its arguments by name.
-
-        Returns:
-            What it returns.
-
-        Raises:
-            JobError: If it raises, crashes the child or takes too long.
-        """
+        """Run a job and wait for what it returns; a `JobError` says why it did not."""
         return self.submit(job, *args, **kwargs).result()
 
     def __enter__(self) -> Self:

@@ -44,14 +44,11 @@ def cut_prompts(documents: Sequence[str], num_prompts: int, num_prompt_tokens: i
 
     Args:
         documents: The texts.
-        num_prompts: How many prompts.
+        num_prompts: How many prompts; a ValueError says that there is too little text.
         num_prompt_tokens: Their length; the engine cuts them to it, these are somewhat longer.
 
     Returns:
         The prompts.
-
-    Raises:
-        ValueError: If there is too little text.
     """
     length = num_prompt_tokens * _CHARACTERS_PER_TOKEN
     pieces = [
@@ -71,19 +68,7 @@ def cut_prompts(documents: Sequence[str], num_prompts: int, num_prompt_tokens: i
 def choose_prompts(
     documents: Sequence[str] | None, num_prompts: int, num_prompt_tokens: int
 ) -> list[str]:
-    """Take the built-in prompts, or cut the user's texts.
-
-    Args:
-        documents: The user's texts, None for the built-in ones.
-        num_prompts: How many prompts.
-        num_prompt_tokens: Their length, for texts that are to be cut.
-
-    Returns:
-        The prompts.
-
-    Raises:
-        ValueError: If there are too few.
-    """
+    """Take the built-in prompts, or cut the user's texts; too few are a ValueError."""
     if documents is not None:
         return cut_prompts(documents, num_prompts, num_prompt_tokens)
     if num_prompts > len(BUILT_IN):

@@ -70,14 +70,7 @@ def is_held_out(path: str) -> bool:
 
 
 def corpus_paths(root: Path | None = None) -> list[str]:
-    """Return the paths of the corpus's files, relative to `root`, sorted.
-
-    Args:
-        root: Folder to look in; the running interpreter's standard library when None.
-
-    Returns:
-        Paths with `/` on every platform.
-    """
+    """Return the corpus's paths, sorted, relative to `root`, with `/` on every platform."""
     root = stdlib_root() if root is None else root
     paths = []
     for folder, subfolders, names in os.walk(root):
@@ -88,15 +81,7 @@ def corpus_paths(root: Path | None = None) -> list[str]:
 
 
 def read_files(paths: Iterable[str], root: Path | None = None) -> list[SourceFile]:
-    """Read files of the corpus; those that are empty or do not decode are left out.
-
-    Args:
-        paths: Paths relative to `root`.
-        root: Folder to read; the running interpreter's standard library when None.
-
-    Returns:
-        Files in the order of `paths`.
-    """
+    """Read files of the corpus; those that are empty or do not decode are left out."""
     root = stdlib_root() if root is None else root
     files = []
     for path in paths:

@@ -148,15 +148,7 @@ class HeldOutText:
 
 
 def encode_documents(tokenizer: Any, documents: Iterable[str]) -> HeldOutText:
-    """Tokenize texts with a Hugging Face tokenizer.
-
-    Args:
-        tokenizer: The tokenizer.
-        documents: The texts.
-
-    Returns:
-        Their tokens.
-    """
+    """Tokenize texts with a Hugging Face tokenizer."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     token_ids: list[int] = []
     for text in documents:

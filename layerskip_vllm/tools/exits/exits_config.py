@@ -38,14 +38,7 @@ class ExitsConfig(Settings):
         return self
 
     def check_context(self, max_position_embeddings: int | None) -> None:
-        """Check that all texts fit into a model's context.
-
-        Args:
-            max_position_embeddings: The context's length; None if the model names none.
-
-        Raises:
-            ValueError: If some do not.
-        """
+        """Check that all texts fit into a model's context, if it names its length."""
         if max_position_embeddings is None:
             return
         if self.seq_len > max_position_embeddings:

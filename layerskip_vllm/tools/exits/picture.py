@@ -19,12 +19,7 @@ _SPEEDUP_COLORS = LinearSegmentedColormap.from_list("speedup", ["#9aa5b1", "#fff
 
 
 def draw_exits(path: Path, report: ExitReport) -> None:
-    """Write the picture.
-
-    Args:
-        path: File to write, ending in `.png`.
-        report: Every exit.
-    """
+    """Write the picture of every exit to a `.png` file."""
     make_figure(report).savefig(path)
 
 

@@ -38,20 +38,10 @@ class Service:
 
 
 async def open_session(url: str, timeout_s: float) -> aiohttp.ClientSession:
-    """Open a session in which each request has a connection of its own.
+    """Open a session whose requests have a connection and `timeout_s` seconds each.
 
     A server may close a kept connection in the moment in which it is used again; an answer would
     seem lost.
-
-    Args:
-        url: The server's address, such as `http://127.0.0.1:8000`.
-        timeout_s: Seconds in which a request must be answered in full.
-
-    Returns:
-        The session.
-
-    Raises:
-        ValueError: If the address is none.
     """
     check_url(url)
     return aiohttp.ClientSession(

@@ -71,14 +71,7 @@ class _Received:
         return sum(len(choice.token_ids) for choice in self.choices.values())
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Take in a chunk of a stream, or a whole answer.
-
-        Args:
-            event: What the server sent.
-
-        Raises:
-            Fault: If it goes on after its end.
-        """
+        """Take in a chunk of a stream, or a whole answer; tokens after an end are a `Fault`."""
         for given in event.get("choices", ()):
             choice = self.choices.setdefault(given["index"], _Choice())
             token_ids = given.get("token_ids") or ()
@@ -92,15 +85,7 @@ class _Received:
 
 
 async def send(session: aiohttp.ClientSession, request: Request) -> Outcome:
-    """Send a request and waits for its end.
-
-    Args:
-        session: A session with the server; its timeout is when a request counts as lost.
-        request: The request.
-
-    Returns:
-        The outcome; what goes wrong is a fault, not an exception.
-    """
+    """Send a request and wait for its end; what goes wrong is a fault, not an exception."""
     start_s = time.perf_counter()
     received = _Received()
     end, reason, num_compared = End.FAULT, "", 0

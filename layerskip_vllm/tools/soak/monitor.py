@@ -39,28 +39,14 @@ class Monitor:
     """Look at a server now and then."""
 
     def __init__(self, session: aiohttp.ClientSession, pid: int | None) -> None:
-        """Prepare to look.
-
-        Args:
-            session: A session with the server.
-            pid: Its first process, where that is on this machine.
-        """
+        """Prepare to look at a session's server, and at its first process if that is here."""
         self._session = session
         self._pid = pid
         self._start_s = time.monotonic()
         self.looks: list[Look] = []
 
     async def look(self) -> Look:
-        """Look once.
-
-        Returns:
-            What is seen.
-
-        Raises:
-            ValueError: If the server has no metrics of speculative decoding.
-            OSError: If its process is gone.
-            aiohttp.ClientError: If it does not answer.
-        """
+        """Look once; a ValueError says that there are no metrics of speculative decoding."""
         async with self._session.get("metrics") as response:
             text = await response.text()
         now_s = time.monotonic()
@@ -80,17 +66,7 @@ class Monitor:
 
 
 def read_memory_mib(pid: int) -> float:
-    """Add up the resident memory of a process and its descendants.
-
-    Args:
-        pid: The process.
-
-    Returns:
-        The sum in MiB; pages that they share count more than once.
-
-    Raises:
-        OSError: If there is no such process.
-    """
+    """Add up the MiB that a process and its descendants hold; shared pages count more than once."""
     import psutil
 
     try:

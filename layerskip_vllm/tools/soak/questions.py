@@ -44,16 +44,7 @@ class Question:
 
 
 def make_questions(service: Service, num_questions: int, seed: int) -> list[Question]:
-    """Make questions of every kind in turn.
-
-    Args:
-        service: The server that they are for.
-        num_questions: How many.
-        seed: The same seed and server give the same questions.
-
-    Returns:
-        The questions, without answers.
-    """
+    """Make questions of every kind in turn; one seed and server give the same ones."""
     writer = _Writer(service, random.Random(seed))
     kinds = list(writer.kinds().items())
     questions = []

@@ -110,16 +110,7 @@ def read_reference(path: Path, service: Service) -> list[Question]:
 
 
 def check_context(source: str, max_model_len: int, service: Service) -> None:
-    """Refuse answers of a server with another context, which end elsewhere.
-
-    Args:
-        source: Where the answers come from.
-        max_model_len: The context of the server that gave them.
-        service: The server that they are to be compared with.
-
-    Raises:
-        ValueError: If the contexts differ.
-    """
+    """Refuse, by a ValueError, answers of a server with another context, which end elsewhere."""
     if max_model_len != service.max_model_len:
         raise ValueError(
             f"the answers of {source} are of a server whose max_model_len is {max_model_len}, but "

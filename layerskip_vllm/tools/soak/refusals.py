@@ -73,14 +73,7 @@ UNSUPPORTED: Mapping[str, Mapping[str, Any]] = {
 
 
 def wrong_layerskip_settings(num_speculative_tokens: int) -> dict[str, dict[str, Any]]:
-    """List wrong values of a request's own setting of layerskip.
-
-    Args:
-        num_speculative_tokens: The server's K.
-
-    Returns:
-        What a body is changed by, by a name.
-    """
+    """Name wrong values of a request's own setting of layerskip, each with its change of a body."""
     values: dict[str, Any] = {
         "K above the server's": json.dumps({"num_speculative_tokens": num_speculative_tokens + 1}),
         "K is negative": '{"num_speculative_tokens": -1}',

@@ -78,14 +78,7 @@ class Verdict:
 
 
 def conclude(results: Mapping[str, EngineOutput]) -> Verdict:
-    """Compare all runs with the plain one and say what that means.
-
-    Args:
-        results: What the engines gave, by the names in `runs.RUNS`.
-
-    Returns:
-        The verdict.
-    """
+    """Compare all runs, by the names in `runs.RUNS`, with the plain one: what does that mean?"""
     plain, floor = results[PLAIN], results[FLOOR]
     comparisons = {FLOOR: compare_results(plain, floor, [plain])}
     for name in (DRAFTED, UNVERIFIED):

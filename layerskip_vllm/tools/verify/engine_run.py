@@ -20,14 +20,7 @@ _NUM_SAMPLED_TOKENS = 6
 
 
 def complete(job: EngineJob) -> EngineOutput:
-    """Start an engine and have it complete prompts greedily and by sampling.
-
-    Args:
-        job: What to do.
-
-    Returns:
-        What it said.
-    """
+    """Start an engine and have it complete prompts greedily and by sampling."""
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 

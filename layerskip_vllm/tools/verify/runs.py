@@ -94,19 +94,7 @@ def make_job(
 
 
 def run_engine(name: str, job: EngineJob, folder: Path) -> EngineOutput:
-    """Run an engine in a process of its own and wait for its end, which frees its memory.
-
-    Args:
-        name: What its log is called.
-        job: What it is to do.
-        folder: Where the log goes.
-
-    Returns:
-        What it gave.
-
-    Raises:
-        ValueError: If it fails.
-    """
+    """Run an engine in a process of its own and wait for its end, which frees its memory."""
     env = {
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",

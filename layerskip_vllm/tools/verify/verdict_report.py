@@ -20,15 +20,7 @@ _LABELS = {
 
 
 def describe_engines(config: VerifyConfig, drafted: EngineOutput) -> str:
-    """Say what was run, and on what.
-
-    Args:
-        config: What was asked for.
-        drafted: What the run with drafts gave.
-
-    Returns:
-        One line.
-    """
+    """Say in one line what was run, and on what."""
     return (
         f"{config.model}, {drafted.dtype}, {drafted.speculation}, Model Runner {drafted.runner} "
         f"on {drafted.device or 'CPU'}; {config.num_prompts} prompts of {config.max_tokens} greedy "
@@ -37,15 +29,7 @@ def describe_engines(config: VerifyConfig, drafted: EngineOutput) -> str:
 
 
 def build_verdict_table(verdict: Verdict, caption: str) -> Table:
-    """Lay the comparisons with plain vLLM out, one a line.
-
-    Args:
-        verdict: What they say.
-        caption: What was run.
-
-    Returns:
-        The table.
-    """
+    """Lay the comparisons with plain vLLM out, one a line."""
     table = Table(title="Against plain vLLM", caption=caption, caption_justify="left")
     table.add_column("run")
     headings = ("greedy: diverge", "not ties", "largest gap", "sampled: p", "distance", "accepted")
@@ -71,16 +55,7 @@ def _describe(comparison: EngineComparison, tolerance: float) -> tuple[str, ...]
 def verdict_to_json(
     config: VerifyConfig, drafted: EngineOutput, verdict: Verdict
 ) -> dict[str, Any]:
-    """Return all that was found as a JSON object.
-
-    Args:
-        config: What was asked for.
-        drafted: What the run with drafts gave.
-        verdict: What the comparisons say.
-
-    Returns:
-        The object.
-    """
+    """Return all that was asked for and found as a JSON object."""
     return {
         "is_lossless": not verdict.problems,
         "problems": verdict.problems,
