@@ -37,7 +37,7 @@ from benchmarks.decoding.synthetic_checkpoint import (
     read_checkpoint,
 )
 from benchmarks.decoding.weight_counts import count_weights
-from benchmarks.hardware import list_gpu_names
+from layerskip_vllm.tools.hardware import list_gpu_names
 
 SYSTEMS = ("plain", "layerskip", "draft_model", "ngram")
 LOG_FOLDER = Path("benchmark-output/logs")
