@@ -129,6 +129,9 @@ def hook(table: list[Hook], **fields: Any) -> Callable[[Replace], Replace]:
     Args:
         table: The hooks that it belongs to.
         **fields: Those of `Hook`; its `how` is the function's docstring.
+
+    Returns:
+        The decorator, which leaves the function as it is.
     """
 
     def add(replace: Replace) -> Replace:

@@ -37,6 +37,9 @@ def read_digests(version: str) -> DigestTable:
     Args:
         version: vLLM's version, such as `0.32.0+cpu`. The newest stands for one that is not
             supported, whose user has switched the check of the version off.
+
+    Returns:
+        The digests by name, by entry; None for an entry that is not needed.
     """
     release = version.partition("+")[0]
     if release not in SUPPORTED_VLLM_VERSIONS:
