@@ -82,7 +82,7 @@ class Facts:
 
 
 def serve_engine(pipe: Connection, engine_args: dict[str, Any], log_path: Path) -> None:
-    """Loads an engine and runs the rounds asked for over the pipe, until there is no more."""
+    """Load an engine and run the rounds asked for over the pipe, until there is no more."""
     # Before vLLM is imported. One process has no IPC, no polling neighbour on a scarce core, and
     # memory that can be read off; `--engine-process` gives vLLM's default instead.
     is_engine_process = engine_args.pop("is_engine_process")
@@ -160,7 +160,7 @@ def _gather_facts(llm: Any) -> Facts:
 
 
 def _peak_resident_bytes() -> int:
-    """Returns the peak resident memory of this process and the ones it started, summed."""
+    """Return the peak resident memory of this process and the ones it started, summed."""
     processes, total = [os.getpid()], 0
     while processes:
         process = Path("/proc", str(processes.pop()))
@@ -179,7 +179,7 @@ class Engine:
     """An engine in a process of its own, told over a pipe what to run."""
 
     def __init__(self, system: str, engine_args: dict[str, Any], log_folder: Path) -> None:
-        """Starts the process and waits until the engine is loaded."""
+        """Start the process and wait until the engine is loaded."""
         self.system = system
         self.facts: Facts
         self._log_path = log_folder / f"{system}.log"
@@ -194,19 +194,19 @@ class Engine:
     def run_round(
         self, prompts: list[list[int]], max_tokens: int, temperature: float
     ) -> Measurement:
-        """Runs one round there and returns what it measured."""
+        """Run one round there and return what it measured."""
         self._pipe.send({"prompts": prompts, "max_tokens": max_tokens, "temperature": temperature})
         measurement = self._receive()
         self.facts = self._receive()
         return measurement
 
     def reload_weights(self, checkpoint: Path) -> None:
-        """Loads another checkpoint's weights in place, into the target alone."""
+        """Load another checkpoint's weights in place, into the target alone."""
         self._pipe.send(checkpoint)
         self._receive()
 
     def stop(self) -> None:
-        """Ends the process."""
+        """End the process."""
         with contextlib.suppress(OSError):
             self._pipe.send(None)
         self._process.join(timeout=30)
@@ -231,7 +231,7 @@ class Engine:
 def run_engines(
     engine_args: Mapping[str, dict[str, Any]], log_folder: Path
 ) -> Iterator[list[Engine]]:
-    """Loads the engines one after another, and ends them whatever happens.
+    """Load the engines one after another, and end them whatever happens.
 
     Args:
         engine_args: What `LLM` gets, by system.

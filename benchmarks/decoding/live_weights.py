@@ -83,7 +83,7 @@ def train_on(folder: Path, num_steps: int) -> None:
 
 
 def compare(folder: Path, updated: Path) -> list[Result]:
-    """Runs both systems with the old weights and, in the same engines, with the new ones."""
+    """Run both systems with the old weights and, in the same engines, with the new ones."""
     draft = folder / "old-first-layers"
     model = AutoModelForCausalLM.from_pretrained(MODEL, num_hidden_layers=EXIT_LAYER)
     model.save_pretrained(draft)
@@ -114,7 +114,7 @@ def _accepted(engine: Engine, prompts: list[list[int]]) -> float:
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--num-steps", type=int, default=100, help="steps of the new weights")
     parser.add_argument("--folder", type=Path, default=Path("benchmark-output/live-weights"))

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads and checks the command line.
+    """Read and check the command line.
 
     Args:
         arguments: The words after the command; the process's own when None.
@@ -135,7 +135,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def prepare_checkpoint(options: argparse.Namespace) -> tuple[SyntheticSpec, SyntheticCheckpoint]:
-    """Makes the checkpoint in a process of its own, so that no engine shares its memory."""
+    """Make the checkpoint in a process of its own, so that no engine shares its memory."""
     spec = dataclasses.replace(
         PRESETS[options.preset],
         exit_layer=options.exit_layer,
@@ -154,7 +154,7 @@ def prepare_checkpoint(options: argparse.Namespace) -> tuple[SyntheticSpec, Synt
 def make_engine_args(
     system: str, options: argparse.Namespace, checkpoint: SyntheticCheckpoint
 ) -> dict[str, Any]:
-    """Returns what `LLM` gets: the same for all systems but for the speculative configuration."""
+    """Return what `LLM` gets: the same for all systems but for the speculative configuration."""
     num_tokens = {"num_speculative_tokens": options.num_speculative_tokens}
     speculative_config: dict[str, Any] | None = {
         "plain": None,
@@ -186,7 +186,7 @@ def make_engine_args(
 def measure(
     engines: Sequence[Engine], options: argparse.Namespace, vocab_size: int
 ) -> dict[int, dict[str, list[Measurement]]]:
-    """Runs all rounds, the engines in turn, and returns them by batch size and system."""
+    """Run all rounds, the engines in turn, and return them by batch size and system."""
     num_prompts = max(options.batch_sizes) * (options.repeats + 1)
     prompts = make_prompts(vocab_size, num_prompts, options.num_prompt_tokens, options.seed + 1)
     results: dict[int, dict[str, list[Measurement]]] = {

@@ -26,7 +26,7 @@ def make_table(
     counts: WeightCounts,
     options: argparse.Namespace,
 ) -> Table:
-    """Returns the table that is printed."""
+    """Return the table that is printed."""
     headings = (
         "batch",
         "system",
@@ -83,7 +83,7 @@ def describe_run(
     summaries: Sequence[Summary],
     options: argparse.Namespace,
 ) -> list[str]:
-    """Returns the lines above the table: machine, versions, model and what the bound is."""
+    """Return the lines above the table: machine, versions, model and what the bound is."""
     facts = next(iter(engines.values()))
     size = BYTES_PER_WEIGHT[options.dtype]
     prefix = options.exit_layer * counts.layer / counts.whole
@@ -116,7 +116,7 @@ def write_json(
     results: Mapping[int, Mapping[str, Sequence[Measurement]]],
     summaries: Sequence[Summary],
 ) -> None:
-    """Writes the conditions, the lines of the table and every round, without its tokens."""
+    """Write the conditions, the lines of the table and every round, without its tokens."""
     rounds = [
         {"batch_size": batch_size, "system": system, "repeat": repeat}
         | {name: value for name, value in vars(each).items() if name != "tokens"}

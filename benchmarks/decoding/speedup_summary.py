@@ -55,7 +55,7 @@ def summarize(
     counts: WeightCounts,
     options: argparse.Namespace,
 ) -> list[Summary]:
-    """Returns the table's lines: medians, and ratios of rounds of the same turn."""
+    """Return the table's lines: medians, and ratios of rounds of the same turn."""
     return [
         _summarize_system(batch_size, system, rounds, by_system.get("plain"), counts, options)
         for batch_size, by_system in results.items()
@@ -104,7 +104,7 @@ def _summarize_system(
 def compare_texts(
     rounds: Sequence[Measurement], plain: Sequence[Measurement]
 ) -> tuple[float, float]:
-    """Returns the share of texts equal to plain's, and of tokens before the first difference."""
+    """Return the share of texts equal to plain's, and of tokens before the first difference."""
     num_texts = num_equal = num_tokens = num_same = 0
     for ours, theirs in zip(rounds, plain, strict=True):
         for text, reference in zip(ours.tokens, theirs.tokens, strict=True):
@@ -116,7 +116,7 @@ def compare_texts(
 
 
 def find_missed_bars(summaries: Sequence[Summary]) -> list[str]:
-    """Returns in words what layerskip misses at batch 1; nothing if it meets every bar.
+    """Return in words what layerskip misses at batch 1; nothing if it meets every bar.
 
     Args:
         summaries: All lines of the table.

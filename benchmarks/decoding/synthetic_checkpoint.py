@@ -94,7 +94,7 @@ class SyntheticSpec:
             )
 
     def name(self) -> str:
-        """Returns the folder's name: the shape in words and a digest of all of it."""
+        """Return the folder's name: the shape in words and a digest of all of it."""
         told = json.dumps([RECIPE, dataclasses.asdict(self)], sort_keys=True)
         digest = hashlib.sha256(told.encode()).hexdigest()[:8]
         return f"llama-{self.num_layers}x{self.hidden_size}-exit{self.exit_layer}-{digest}"
@@ -134,7 +134,7 @@ class SyntheticCheckpoint:
 
 
 def make_checkpoint(spec: SyntheticSpec, root: Path = DEFAULT_FOLDER) -> SyntheticCheckpoint:
-    """Makes the checkpoint, or finds the one that was made before.
+    """Make the checkpoint, or find the one that was made before.
 
     The layers are plain random ones. The LM head leans towards one random order of all tokens: its
     row of a token's successor holds some of the token's embedding, so that the first layers name
@@ -166,14 +166,14 @@ def make_checkpoint(spec: SyntheticSpec, root: Path = DEFAULT_FOLDER) -> Synthet
 
 
 def read_checkpoint(folder: Path) -> SyntheticCheckpoint:
-    """Returns the finished checkpoint in a folder."""
+    """Return the finished checkpoint in a folder."""
     report = json.loads((folder / REPORT_NAME).read_text())
     draft_folder = folder / f"exit-{report.pop('exit_layer')}"
     return SyntheticCheckpoint(folder=folder, draft_folder=draft_folder, **report)
 
 
 def _build_model(spec: SyntheticSpec) -> LlamaForCausalLM:
-    """Returns a random model in bfloat16, on the GPU if there is one.
+    """Return a random model in bfloat16, on the GPU if there is one.
 
     Every projection keeps the size of what it gets, as far as it can: a block adds about 0.6 to
     the residual stream, whose tokens start at 1. Queries and keys are larger, so that attention
@@ -236,13 +236,13 @@ def _lean_head(model: LlamaForCausalLM, spec: SyntheticSpec) -> None:
 
 
 def _largest_of(num_samples: int) -> float:
-    """Returns the mean largest of so many standard normal numbers (asymptotically)."""
+    """Return the mean largest of so many standard normal numbers (asymptotically)."""
     root = math.sqrt(2 * math.log(num_samples))
     return root - (math.log(math.log(num_samples)) + math.log(4 * math.pi)) / (2 * root)
 
 
 def _exit_states(model: Any, spec: SyntheticSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the last prompt tokens' embeddings and states at the exit, [prompts, hidden]."""
+    """Return the last prompt tokens' embeddings and states at the exit, [prompts, hidden]."""
     prompts = make_prompts(spec.vocab_size, NUM_CALIBRATION_PROMPTS, NUM_PROMPT_TOKENS, spec.seed)
     import torch
 
@@ -252,7 +252,7 @@ def _exit_states(model: Any, spec: SyntheticSpec) -> tuple[torch.Tensor, torch.T
 
 
 def make_prompts(vocab_size: int, num_prompts: int, num_tokens: int, seed: int) -> list[list[int]]:
-    """Returns prompts of random token ids, the same for the same arguments."""
+    """Return prompts of random token ids, the same for the same arguments."""
     import random
 
     source = random.Random(seed)
@@ -277,7 +277,7 @@ def _scaled_late_layers(model: Any, exit_layer: int, scale: float) -> Iterator[N
 
 
 def _calibrate(model: Any, spec: SyntheticSpec) -> dict[str, Any]:
-    """Finds the scale of late layers by bisection: the larger, the less they agree with drafts."""
+    """Find the scale of late layers by bisection: the larger, the less they agree with drafts."""
     low, high = 0.0, 2.0
     best: dict[str, Any] = {}
     for _ in range(MAX_CALIBRATION_ROUNDS):
@@ -296,7 +296,7 @@ def _calibrate(model: Any, spec: SyntheticSpec) -> dict[str, Any]:
 
 
 def _measure(model: Any, spec: SyntheticSpec, scale: float) -> dict[str, Any]:
-    """Decodes greedily with late layers scaled and compares each token with its draft.
+    """Decode greedily with late layers scaled and compare each token with its draft.
 
     A draft follows accepted drafts only, which are the text itself, so what the first E layers say
     after every true prefix is all that is needed to know what would be accepted.
@@ -331,7 +331,7 @@ def _measure(model: Any, spec: SyntheticSpec, scale: float) -> dict[str, Any]:
 
 
 def share_of_distinct_ngrams(texts: Sequence[Sequence[int]], num_tokens: int = 4) -> float:
-    """Returns how many of the texts' n-grams are the first of their kind in their text, 0 to 1."""
+    """Return how many of the texts' n-grams are the first of their kind in their text, 0 to 1."""
     found = distinct = 0
     for text in texts:
         ngrams = [tuple(text[i : i + num_tokens]) for i in range(len(text) - num_tokens + 1)]
@@ -341,7 +341,7 @@ def share_of_distinct_ngrams(texts: Sequence[Sequence[int]], num_tokens: int = 4
 
 
 def _save(model: Any, spec: SyntheticSpec, late_scale: float, folder: Path) -> None:
-    """Writes the checkpoint, a file a layer, and the draft model as links to the first of them."""
+    """Write the checkpoint, a file a layer, and the draft model as links to the first of them."""
     from safetensors.torch import save_file
 
     draft_folder = folder / f"exit-{spec.exit_layer}"
@@ -375,7 +375,7 @@ def _write_index(files: Mapping[str, Mapping[str, torch.Tensor]], folder: Path) 
 
 
 def main() -> None:
-    """Makes a preset's checkpoint and prints what it is."""
+    """Make a preset's checkpoint and print what it is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu-0.6b")
     parser.add_argument("--exit-layer", type=int, help="E (default: a quarter of the layers)")

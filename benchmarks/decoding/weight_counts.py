@@ -39,7 +39,7 @@ class WeightCounts:
         return self.whole + self.embedding
 
     def read_by_draft(self, exit_layer: int) -> int:
-        """Counts what one draft step reads: the first E layers and the head.
+        """Count what one draft step reads: the first E layers and the head.
 
         Args:
             exit_layer: E, the number of layers that draft.
@@ -58,12 +58,12 @@ class WeightCounts:
         return exit_layer * self.layer + self.head
 
     def draft_share(self, exit_layer: int) -> float:
-        """What one draft step reads, as a share of what a step of the whole model reads."""
+        """Return what one draft step reads, as a share of what a step of the whole model reads."""
         return self.read_by_draft(exit_layer) / self.whole
 
 
 def count_weights(config: Mapping[str, Any]) -> WeightCounts:
-    """Counts the weights of a Llama-architecture model without biases.
+    """Count the weights of a Llama-architecture model without biases.
 
     Args:
         config: The model's `config.json`.
