@@ -106,7 +106,10 @@ class StreamAssembler:
         return num_new
 
     def finish(self) -> Completion:
-        """Return the whole completion.
+        """End the stream.
+
+        Returns:
+            The whole completion.
 
         Raises:
             StreamError: If no token came.
