@@ -39,10 +39,11 @@ def write_page() -> str:
 def _make_table(model: type[BaseModel]) -> str:
     rows = ["| setting | what it is | value | default |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
+        meaning = " ".join((field.description or "").split())
         value = describe(field.annotation, field.metadata)
         default = "needed" if field.is_required() else f"`{json.dumps(field.default)}`"
         shown = "" if default == "`null`" else default
-        rows.append(f"| `{name}` | {field.description} | {value} | {shown} |")
+        rows.append(f"| `{name}` | {meaning} | {value} | {shown} |")
     return "\n".join(rows)
 
 

@@ -22,7 +22,9 @@ Model = TypeVar("Model", bound=BaseModel)
 class Settings(BaseModel):
     """Settings that do not change, take no unknown field and no value of another type."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
 
 
 def parse(model: type[Model], values: Any, where: str = "") -> Model:

@@ -26,29 +26,19 @@ SHUFFLE_BUFFER = 10_000  # rows of a stream that are shuffled together
 class DataConfig(Settings):
     """What a run trains on."""
 
-    train: tuple[DataSource, ...] = Field(min_length=1, description="The data sets to train on.")
-    seq_len: int = Field(
-        ge=2,
-        description="Tokens of a row, of which the first is given; longer prompts with completions "
-        "are cut.",
-    )
-    evaluation: tuple[DataSource, ...] = Field(
-        default=(), description="The data sets to evaluate on."
-    )
-    packing: bool = Field(
-        default=True,
-        description="Whether documents share rows of `seq_len` tokens, or have a row each.",
-    )
-    streaming: bool = Field(
-        default=False,
-        description="Whether data is read while training, for what is too large to be read before.",
-    )
-    num_processes: int = Field(
-        default=1,
-        ge=1,
-        description="Processes that read data before training; with streaming they are "
-        "`training.dataloader_num_workers`.",
-    )
+    train: tuple[DataSource, ...] = Field(min_length=1)
+    """The data sets to train on."""
+    seq_len: int = Field(ge=2)
+    """Tokens of a row, of which the first is given; longer prompts with completions are cut."""
+    evaluation: tuple[DataSource, ...] = ()
+    """The data sets to evaluate on."""
+    packing: bool = True
+    """Whether documents share rows of `seq_len` tokens, or have a row each."""
+    streaming: bool = False
+    """Whether data is read while training, for what is too large to be read before."""
+    num_processes: int = Field(1, ge=1)
+    """Processes that read data before training; with streaming they are
+    `training.dataloader_num_workers`."""
 
     @model_validator(mode="after")
     def _check_weights(self) -> Self:

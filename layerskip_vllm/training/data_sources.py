@@ -30,29 +30,26 @@ _COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 class DataSource(Settings):
     """One data set."""
 
-    path: str = Field(
-        description="A local file or a pattern such as `corpus/**/*.py`, or a data set's name on "
-        "the hub. Files are read by their suffix: .jsonl, .json, .csv, .tsv and .parquet have "
-        "columns, any other file is one text. Compressed ones are read too."
-    )
-    config_name: str | None = Field(default=None, description="The hub data set's configuration.")
-    data_dir: str | None = Field(default=None, description="The folder in the hub data set.")
-    split: str = Field(default="train", description="The split.")
-    text: str = Field(default="text", description="The column that has the text.")
-    prompt: str | None = Field(
-        default=None,
-        description="Instead of `text`, a template with columns' names in braces; nothing is "
-        "learned from what it makes.",
-    )
-    completion: str | None = Field(
-        default=None, description="The template of what follows the prompt, and is learned."
-    )
-    weight: float | None = Field(
-        default=None,
-        gt=0,
-        description="The share of this source in the rows, relative to the others'. Without it "
-        "sources follow one another whole.",
-    )
+    path: str
+    """A local file or a pattern such as `corpus/**/*.py`, or a data set's name on the hub. Files
+    are read by their suffix: .jsonl, .json, .csv, .tsv and .parquet have columns, any other file is
+    one text. Compressed ones are read too."""
+    config_name: str | None = None
+    """The hub data set's configuration."""
+    data_dir: str | None = None
+    """The folder in the hub data set."""
+    split: str = "train"
+    """The split."""
+    text: str = "text"
+    """The column that has the text."""
+    prompt: str | None = None
+    """Instead of `text`, a template with columns' names in braces; nothing is learned from what it
+    makes."""
+    completion: str | None = None
+    """The template of what follows the prompt, and is learned."""
+    weight: float | None = Field(None, gt=0)
+    """The share of this source in the rows, relative to the others'. Without it sources follow one
+    another whole."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

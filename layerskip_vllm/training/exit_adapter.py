@@ -31,18 +31,15 @@ from layerskip_vllm.training.trainer import ResumableTrainer, check_arguments
 class ExitAdapterSettings(Settings):
     """How an exit adapter is trained."""
 
-    rank: int = Field(default=128, ge=1, description="Rank of its low-rank map.")
-    exit_layer: int | None = Field(
-        default=None, ge=1, description="E, its exit; a quarter of the layers when not given."
-    )
-    num_speculative_tokens: int | None = Field(
-        default=None, ge=1, description="K that it says it drafts; 4 when not given."
-    )
-    target: ExitTarget = Field(
-        default="last_layer",
-        description='What it learns to predict: what the "last_layer" does, by which drafts are '
-        'accepted, or the "labels", for which only the first E layers run.',
-    )
+    rank: int = Field(128, ge=1)
+    """Rank of its low-rank map."""
+    exit_layer: int | None = Field(None, ge=1)
+    """E, its exit; a quarter of the layers when not given."""
+    num_speculative_tokens: int | None = Field(None, ge=1)
+    """K that it says it drafts; 4 when not given."""
+    target: ExitTarget = "last_layer"
+    """What it learns to predict: what the "last_layer" does, by which drafts are accepted, or the
+    "labels", for which only the first E layers run."""
 
     def make_config(self, hidden_size: int, num_layers: int) -> ExitAdapterConfig:
         """Make the config of a model's adapter.

@@ -25,30 +25,19 @@ TimeSchedule = Literal["constant", "exponential", "decreasing"]
 class LayerDropoutSettings(Settings):
     """How often each layer is skipped."""
 
-    max_drop_prob: float = Field(
-        default=0.1,
-        ge=0,
-        lt=1,
-        description="p_max, the last layer's probability of being skipped for a sample, where the "
-        "time schedule is at its height.",
-    )
-    depth_schedule: DepthSchedule = Field(
-        default="exponential", description="D(l), how the probability grows with depth."
-    )
-    time_schedule: TimeSchedule = Field(
-        default="constant",
-        description='S(t), how it changes over training: "constant" for continued training and '
-        '"exponential" from scratch, in the paper.',
-    )
-    rescale: bool = Field(
-        default=False,
-        description="Whether a kept layer's contribution is divided by its probability of being "
-        "kept, so that its expectation is the same as in eval. The paper does not.",
-    )
-    seed: int = Field(
-        default=0,
-        description="Seed of layer dropout's draws, the same on all ranks: they skip alike.",
-    )
+    max_drop_prob: float = Field(0.1, ge=0, lt=1)
+    """p_max, the last layer's probability of being skipped for a sample, where the time schedule is
+    at its height."""
+    depth_schedule: DepthSchedule = "exponential"
+    """D(l), how the probability grows with depth."""
+    time_schedule: TimeSchedule = "constant"
+    """S(t), how it changes over training: "constant" for continued training and "exponential" from
+    scratch, in the paper."""
+    rescale: bool = False
+    """Whether a kept layer's contribution is divided by its probability of being kept, so that its
+    expectation is the same as in eval. The paper does not."""
+    seed: int = 0
+    """Seed of layer dropout's draws, the same on all ranks: they skip alike."""
 
 
 def depth_factor(schedule: DepthSchedule, layer_idx: int, num_layers: int) -> float:

@@ -25,27 +25,17 @@ from layerskip_vllm.training.settings import LayerSkipSettings
 class ModelConfig(Settings):
     """The model that a run starts from."""
 
-    path: str | None = Field(
-        default=None, description="A checkpoint's folder or its name on the hub, to go on from."
-    )
-    config: dict[str, Any] | None = Field(
-        default=None,
-        description="Instead, the fields of a transformers config, `model_type` among them, for "
-        "random weights.",
-    )
-    tokenizer: str | None = Field(
-        default=None,
-        description="The tokenizer's folder or name; the checkpoint's own when not given.",
-    )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32",
-        description="The weights' dtype. The optimizer works on these; `training.bf16` computes in "
-        "bfloat16 whatever it is.",
-    )
-    attn_implementation: str | None = Field(
-        default=None,
-        description="transformers' name of an attention kernel; its choice when not given.",
-    )
+    path: str | None = None
+    """A checkpoint's folder or its name on the hub, to go on from."""
+    config: dict[str, Any] | None = None
+    """Instead, the fields of a transformers config, `model_type` among them, for random weights."""
+    tokenizer: str | None = None
+    """The tokenizer's folder or name; the checkpoint's own when not given."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """The weights' dtype. The optimizer works on these; `training.bf16` computes in bfloat16
+    whatever it is."""
+    attn_implementation: str | None = None
+    """transformers' name of an attention kernel; its choice when not given."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -66,23 +56,19 @@ class ModelConfig(Settings):
 class RunConfig(Settings):
     """One training run."""
 
-    model: ModelConfig = Field(description="What it starts from.")
-    data: DataConfig = Field(description="What it trains on.")
-    training: dict[str, Any] = Field(
-        description="`transformers.TrainingArguments` by name, with `output_dir`."
-    )
-    layerskip: LayerSkipSettings | None = Field(
-        default=None, description="How it trains for early exit; the defaults when not given."
-    )
-    exit_adapter: ExitAdapterSettings | None = Field(
-        default=None, description="How it trains an exit adapter, with the model frozen, instead."
-    )
-    sequences_per_step: int | None = Field(
-        default=None,
-        ge=1,
-        description="Sequences of an optimizer step over all devices. It sets "
-        "`training.gradient_accumulation_steps` for as many devices as there are.",
-    )
+    model: ModelConfig
+    """What it starts from."""
+    data: DataConfig
+    """What it trains on."""
+    training: dict[str, Any]
+    """`transformers.TrainingArguments` by name, with `output_dir`."""
+    layerskip: LayerSkipSettings | None = None
+    """How it trains for early exit; the defaults when not given."""
+    exit_adapter: ExitAdapterSettings | None = None
+    """How it trains an exit adapter, with the model frozen, instead."""
+    sequences_per_step: int | None = Field(None, ge=1)
+    """Sequences of an optimizer step over all devices. It sets
+    `training.gradient_accumulation_steps` for as many devices as there are."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

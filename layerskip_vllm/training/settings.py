@@ -25,47 +25,26 @@ class LayerSkipSettings(LayerDropoutSettings):
     An exit is named by its E, the number of layers that run before it, as when serving.
     """
 
-    e_scale: float = Field(
-        default=0.2,
-        ge=0,
-        le=1,
-        description="How much the exits' losses weigh against the last layer's.",
-    )
-    exit_scale: ExitScale = Field(
-        default="sum", description='Their weights by depth: "sum", the paper\'s, or "flat".'
-    )
-    curriculum: Curriculum = Field(
-        default="rotational",
-        description="Which exits have a loss at a step, besides the whole model: every R-th, by "
-        'turns, more and more from the last down, or all with "none".',
-    )
-    rotation: int = Field(
-        default=8,
-        ge=1,
-        description="R, the steps until an exit has a loss again, with the rotational curriculum.",
-    )
-    exit_layers: tuple[int, ...] | None = Field(
-        default=None,
-        description="The E that have a loss, besides the whole model; all when not given.",
-    )
-    target: ExitTarget = Field(
-        default="labels",
-        description='What exits learn to predict: "labels", the paper\'s, or the "last_layer"\'s '
-        "choice.",
-    )
-    recompute_logits: bool = Field(
-        default=True,
-        description="Whether an exit's logits are computed again in the backward pass instead of "
-        "being kept, so that memory holds one exit's at a time.",
-    )
-    exit_layer: int | None = Field(
-        default=None,
-        description="E that the checkpoint says it drafts with; a quarter of the layers when not "
-        "given.",
-    )
-    num_speculative_tokens: int | None = Field(
-        default=None, ge=1, description="K that it says it drafts with; 4 when not given."
-    )
+    e_scale: float = Field(0.2, ge=0, le=1)
+    """How much the exits' losses weigh against the last layer's."""
+    exit_scale: ExitScale = "sum"
+    """Their weights by depth: "sum", the paper's, or "flat"."""
+    curriculum: Curriculum = "rotational"
+    """Which exits have a loss at a step, besides the whole model: every R-th, by turns, more and
+    more from the last down, or all with "none"."""
+    rotation: int = Field(8, ge=1)
+    """R, the steps until an exit has a loss again, with the rotational curriculum."""
+    exit_layers: tuple[int, ...] | None = None
+    """The E that have a loss, besides the whole model; all when not given."""
+    target: ExitTarget = "labels"
+    """What exits learn to predict: "labels", the paper's, or the "last_layer"'s choice."""
+    recompute_logits: bool = True
+    """Whether an exit's logits are computed again in the backward pass instead of being kept, so
+    that memory holds one exit's at a time."""
+    exit_layer: int | None = None
+    """E that the checkpoint says it drafts with; a quarter of the layers when not given."""
+    num_speculative_tokens: int | None = Field(None, ge=1)
+    """K that it says it drafts with; 4 when not given."""
 
     @model_validator(mode="after")
     def _check_first_exit(self) -> Self:
