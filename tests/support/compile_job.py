@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tests.support.jobs import Server, engine
+from tests.support.child_engines import engine
+from tests.support.jobs import Server
 from tests.support.scenarios import Report, Scenario
 
 

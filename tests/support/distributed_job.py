@@ -7,7 +7,8 @@ from pathlib import Path
 
 from vllm import LLM, SamplingParams
 
-from tests.support.jobs import engine, lora_requests
+from tests.support.child_engines import engine
+from tests.support.jobs import lora_requests
 from tests.support.scenarios import GREEDY, Scenario
 from tests.support.worker_probe import Served
 

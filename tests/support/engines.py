@@ -73,7 +73,7 @@ class Runner:
     engines: Engines
 
     def serve(self, *scenarios: Scenario) -> tuple[Report, ...]:
-        """Serve scenarios, each with a new engine."""
+        """Serve scenarios, those that ask for the same engine with one."""
         reports = self.engines.serve_everywhere(self.name, *scenarios)
         assert all(report.runner == self.name for report in reports)
         return reports

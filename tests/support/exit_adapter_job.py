@@ -7,7 +7,7 @@ from typing import Any
 
 from layerskip_vllm.checkpoint.weight_shares import WeightShares
 from layerskip_vllm.drafting.bytes_read import share_of_bytes
-from tests.support.jobs import engine
+from tests.support.child_engines import engine
 from tests.support.scenarios import Scenario
 
 

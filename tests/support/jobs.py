@@ -1,82 +1,32 @@
-"""What runs in the child processes of `engine_process`: engines, made and ended within a job."""
+"""What runs in the child processes of `engine_process`: engines that serve scenarios."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from vllm import LLM, SamplingParams
-from vllm.distributed import destroy_model_parallel
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-from layerskip_vllm.tools.server.metrics import SpecDecodeCounters
+from tests.support.child_engines import engine, shared_engine
 from tests.support.scenarios import GREEDY, Completion, Output, Report, Request, Scenario, Step
-
-_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
-_ENGINE: dict[str, Any] = {
-    "dtype": "float32",
-    "max_model_len": 256,
-    "max_num_seqs": 8,
-    "block_size": 32,  # the least that CPU attention takes
-    "kv_cache_memory_bytes": 1 << 24,
-    "enforce_eager": True,
-    "enable_prefix_caching": False,
-    "disable_log_stats": False,
-    "seed": 0,
-}
 
 
 def serve(scenario: Scenario) -> Report:
-    """Serve a scenario's requests with a new engine."""
-    with engine(scenario) as llm:
+    """Serve a scenario's requests, with the engine of an earlier one if it was made alike."""
+    with shared_engine(scenario) as llm:
         return Server(llm, scenario).run()
 
 
-@contextlib.contextmanager
-def engine(scenario: Scenario) -> Iterator[LLM]:
-    """A new engine for a scenario."""
-    is_async = scenario.is_async
-    if is_async is None:
-        is_async = scenario.speculative is not None and os.environ[_RUNNER] == "1"
-    with _async_scheduling() if is_async else contextlib.nullcontext():
-        llm = LLM(
-            model=scenario.model,
-            speculative_config=scenario.speculative and dict(scenario.speculative),
-            **{**_ENGINE, **scenario.engine},
-        )
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        # A mixture of experts has process groups that another model's engine does not make.
-        destroy_model_parallel()
-
-
-@contextlib.contextmanager
-def _async_scheduling() -> Iterator[None]:
-    """Keep asynchronous scheduling as vLLM resolves it; the CPU platform always ends it."""
-    from vllm.platforms.cpu import CpuPlatform
-
-    original = CpuPlatform.__dict__["check_and_update_config"]
-
-    def check_and_update_config(cls: type, vllm_config: Any) -> None:
-        is_async = vllm_config.scheduler_config.async_scheduling
-        original.__func__(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = is_async
-
-    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
-    try:
-        yield
-    finally:
-        CpuPlatform.check_and_update_config = original
+def serve_alone(scenario: Scenario) -> Report:
+    """Serve a scenario's requests with a new engine, the only one of its process."""
+    with engine(scenario) as llm:
+        return Server(llm, scenario).run()
 
 
 def lora_requests(requests: Sequence[Request]) -> list[LoRARequest | None]:
@@ -93,7 +43,6 @@ class Server:
     """Feeds a scenario's requests to an engine and steps it."""
 
     def __init__(self, llm: LLM, scenario: Scenario):
-        self.llm = llm
         self.engine = llm.llm_engine
         self.core = self.engine.engine_core.engine_core
         self.model = scenario.model
@@ -101,7 +50,10 @@ class Server:
         self.outputs: dict[int, Output] = {}
         self.aborted: dict[int, tuple[int, ...]] = {}
         self.steps: list[Step] = []
+        self.counts: Counter[str] = Counter()
+        self.num_accepted_per_pos: list[int] = []
         self._record_steps()
+        self._record_counts()
 
     def run(self) -> Report:
         """Run all phases."""
@@ -157,7 +109,7 @@ class Server:
 
     def _record_steps(self) -> None:
         scheduler = self.core.scheduler
-        schedule = scheduler.schedule
+        schedule = type(scheduler).schedule.__get__(scheduler)
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
             before = {
@@ -187,10 +139,28 @@ class Server:
 
         scheduler.schedule = recorded
 
+    def _record_counts(self) -> None:
+        """Add up what vLLM makes its metrics of, which it exports for the last engine alone."""
+        manager = self.engine.logger_manager
+        record = type(manager).record.__get__(manager)
+
+        def recorded(scheduler_stats: Any, iteration_stats: Any, **kwargs: Any) -> None:
+            record(scheduler_stats=scheduler_stats, iteration_stats=iteration_stats, **kwargs)
+            if iteration_stats is not None:  # as it is where a step had no output
+                self.counts["num_preemptions"] += iteration_stats.num_preempted_reqs
+            stats = scheduler_stats.spec_decoding_stats
+            if stats is not None:
+                for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
+                    self.counts[name] += getattr(stats, name)
+                per_pos = zip_longest(
+                    self.num_accepted_per_pos, stats.num_accepted_tokens_per_pos, fillvalue=0
+                )
+                self.num_accepted_per_pos = [before + now for before, now in per_pos]
+
+        manager.record = recorded
+
     def report(self) -> Report:
         """All that the engine has done so far."""
-        counters = SpecDecodeCounters.read_own()
-        metrics = {metric.name: metric for metric in self.llm.get_metrics()}
         runner = self.core.model_executor.driver_worker.worker.model_runner
         drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
         scheduler = self.core.scheduler
@@ -198,11 +168,11 @@ class Server:
             outputs=tuple(self.outputs.get(i) for i in range(len(self.requests))),
             aborted_token_ids=self.aborted,
             steps=tuple(self.steps),
-            num_drafts=counters.num_drafts,
-            num_draft_tokens=counters.num_draft_tokens,
-            num_accepted=counters.num_accepted_tokens,
-            num_accepted_per_pos=counters.num_accepted_tokens_per_pos,
-            num_preemptions=metrics["vllm:num_preemptions"].value,
+            num_drafts=self.counts["num_drafts"],
+            num_draft_tokens=self.counts["num_draft_tokens"],
+            num_accepted=self.counts["num_accepted_tokens"],
+            num_accepted_per_pos=tuple(self.num_accepted_per_pos),
+            num_preemptions=self.counts["num_preemptions"],
             num_blocks=scheduler.kv_cache_manager.block_pool.num_gpu_blocks,
             layers_by_group=tuple(
                 tuple(group.layer_names) for group in scheduler.kv_cache_config.kv_cache_groups

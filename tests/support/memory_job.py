@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses import FakeTensor
 
 from layerskip_vllm.drafting.bytes_read import num_bytes
-from tests.support.jobs import engine
+from tests.support.child_engines import engine
 from tests.support.scenarios import Scenario
 
 
@@ -49,14 +49,11 @@ class Holdings:
 
 def holdings(scenario: Scenario) -> Holdings:
     """Start an engine and look at what its worker holds."""
-    # Kept alive, what an earlier engine left: freed later, it would lend its addresses to the new.
-    left = _alive()
-    before, bytes_before = {id(tensor) for tensor in left}, _num_bytes(left)
     with engine(scenario) as llm:
         core = llm.llm_engine.engine_core.engine_core
         runner = core.model_executor.driver_worker.worker.model_runner
         drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
-        parameters = [p for p in _alive() if isinstance(p, nn.Parameter) and id(p) not in before]
+        parameters = [p for p in _alive() if isinstance(p, nn.Parameter)]
         target = dict(runner.model.named_parameters(remove_duplicate=False))
         return Holdings(
             names=tuple(sorted(target)),
@@ -64,7 +61,7 @@ def holdings(scenario: Scenario) -> Holdings:
             num_parameters=len(parameters),
             all_storages=_storages(parameters),
             layer_bytes=min(num_bytes(layer) for layer in runner.model.model.layers),
-            tensor_bytes=_num_bytes(_alive()) - bytes_before,
+            tensor_bytes=_num_bytes(_alive()),
             head_bytes=num_bytes(runner.model.lm_head),
             drafter=type(drafter).__name__ if drafter is not None else None,
             drafter_names=_registered(drafter.model) if drafter is not None else (),
@@ -74,7 +71,7 @@ def holdings(scenario: Scenario) -> Holdings:
 
 
 def _alive() -> list[torch.Tensor]:
-    gc.unfreeze()  # vLLM hides what an engine starts with from the collector, and from us
+    """All tensors but those that were there before the engine, which are frozen."""
     gc.collect()
     tensors = (thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor))
     # Those of a tracer, which an earlier engine's compilation leaves, have no memory.

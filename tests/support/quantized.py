@@ -36,7 +36,13 @@ def quantize_to_int8(checkpoint: Path, folder: Path) -> Path:
             "group_0": {
                 "targets": ["Linear"],
                 "weights": {**_INT8, "strategy": "channel", "dynamic": False},
-                "input_activations": {**_INT8, "strategy": "token", "dynamic": True},
+                # Asymmetric: where there is AMX, vLLM's symmetric kernel takes no float32.
+                "input_activations": {
+                    **_INT8,
+                    "symmetric": False,
+                    "strategy": "token",
+                    "dynamic": True,
+                },
             }
         },
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tests.support.jobs import Server, engine
+from tests.support.child_engines import engine
+from tests.support.jobs import Server
 from tests.support.scenarios import Report, Scenario
 
 

@@ -6,7 +6,8 @@ import copy
 
 import torch
 
-from tests.support.jobs import Server, engine
+from tests.support.child_engines import engine
+from tests.support.jobs import Server
 from tests.support.scenarios import Report, Scenario
 
 

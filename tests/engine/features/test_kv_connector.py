@@ -3,6 +3,8 @@
 The connector fails where a step loads or saves a layer twice, as a draft step would.
 """
 
+from dataclasses import replace
+
 import pytest
 
 from tests.support.checks import assert_same_outputs, assert_some_accepted_some_refused
@@ -26,18 +28,11 @@ def test_outputs_equal_plain_when_the_prompts_cache_comes_from_a_connector(
     requests = tuple(Request(tokens(70, seed), {"max_tokens": 14}) for seed in range(2))
     alone = Scenario(str(checkpoint()), requests, layerskip(2, 4))
     plain, _ = runner.pair(alone)
-    shared = Scenario(
-        str(checkpoint()), requests, layerskip(2, 4), {"kv_transfer_config": connector}
-    )
-    (saving,) = runner.engines.serve(runner.name, shared)
+    shared = replace(alone, engine={"kv_transfer_config": connector})
+    # All engines of a process have the one connector: each of these is alone in it.
+    saving = runner.run("tests.support.jobs:serve_alone", shared)
     assert any(tmp_path.rglob("*.safetensors"))
-    again = Scenario(
-        str(checkpoint()),
-        requests,
-        layerskip(2, 4),
-        {"kv_transfer_config": connector, "seed": 1},
-    )
-    (loading,) = runner.engines.serve(runner.name, again)
+    loading = runner.run("tests.support.jobs:serve_alone", shared)
     for report in (saving, loading):
         assert_same_outputs(plain, report)
         assert_some_accepted_some_refused(report)
