@@ -52,16 +52,7 @@ VARIANTS: Mapping[str, dict[str, Any] | None] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """The model and the batch that all variants train on.
-
-    Attributes:
-        num_layers: L.
-        hidden_size: Width of the residual stream.
-        vocab_size: Tokens of the vocabulary.
-        batch_size: Sequences of a step.
-        seq_len: Tokens of a sequence.
-        dtype: Of weights and activations.
-    """
+    """The model and the batch that all variants train on."""
 
     num_layers: int
     hidden_size: int
@@ -82,18 +73,11 @@ GPU_SHAPE = Shape(16, 2048, 128256, batch_size=4, seq_len=2048, dtype="bfloat16"
 
 @dataclass(frozen=True)
 class Cost:
-    """What one variant's steps cost.
-
-    Attributes:
-        variant: Its name.
-        median_ms: Median time of a step.
-        peak_bytes: Most memory that a step took beside the weights, their gradients and the
-            optimizer's state.
-    """
+    """What one variant's steps cost."""
 
     variant: str
     median_ms: float
-    peak_bytes: int
+    peak_bytes: int  # beside the weights, their gradients and the optimizer's state
 
 
 # --- In a variant's process ---------------------------------------------------------------------
@@ -176,14 +160,7 @@ def _peak_bytes(device: str) -> int:
 
 @contextlib.contextmanager
 def start_variants(shape: Shape) -> Iterator[dict[str, Connection]]:
-    """Start a process for each variant, and end them all whatever happens.
-
-    Args:
-        shape: The model and the batch.
-
-    Yields:
-        A pipe to each, by variant.
-    """
+    """Start a process for each variant, with a pipe to it, and end them all whatever happens."""
     context = multiprocessing.get_context("spawn")
     processes, pipes = [], {}
     try:
@@ -201,15 +178,7 @@ def start_variants(shape: Shape) -> Iterator[dict[str, Connection]]:
 
 
 def measure(shape: Shape, num_steps: int) -> list[Cost]:
-    """Train all variants in turn, for their time and then for their memory.
-
-    Args:
-        shape: The model and the batch.
-        num_steps: Steps of each that count for the time, after one that does not.
-
-    Returns:
-        What each cost, in the order of `VARIANTS`.
-    """
+    """Train all variants in turn, for their time and then for their memory."""
     seconds, peaks = run_in_turn(shape, num_steps)
     if not torch.cuda.is_available():
         os.environ.update(RETURN_FREED_MEMORY)

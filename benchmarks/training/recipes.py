@@ -52,20 +52,12 @@ NUM_PROMPTS, MAX_TOKENS = 32, 128
 
 @dataclass(frozen=True)
 class Result:
-    """What a variant has become.
-
-    Attributes:
-        variant: Its name.
-        last_loss: The last layer's loss on held-out text, in nats per token.
-        agreements: By E, the share of held-out places where the exit's likeliest token is the last
-            layer's.
-        acceptance: Accepted by drafted tokens in vLLM, greedy, with E = L / 4.
-    """
+    """What a variant has become, on held-out text."""
 
     variant: str
-    last_loss: float
-    agreements: Mapping[int, float]
-    acceptance: float
+    last_loss: float  # the last layer's, in nats per token
+    agreements: Mapping[int, float]  # by E, as `HeldOutExits` has them
+    acceptance: float  # accepted by drafted tokens in vLLM, greedy, with E = L / 4
 
 
 def train(variant: str, folder: Path, num_steps: int) -> None:

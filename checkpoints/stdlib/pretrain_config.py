@@ -18,62 +18,62 @@ class PretrainConfig(BaseModel):
 
     recipe: bool = True
     """Whether to train with layer dropout and early exit loss, or plainly."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of the weights, the batches and the layer dropout."""
-    num_steps: int = Field(2000, ge=1)
+    num_steps: int = Field(default=2000, ge=1)
     """Optimizer steps."""
-    num_growth_steps: int = Field(500, ge=0)
+    num_growth_steps: int = Field(default=500, ge=0)
     """Steps, the first ones, in which only the first `num_first_layers` layers run. A deep narrow
     model learns slowly at first, and a shallow one costs less a step. Then the others join, as
     copies of the first ones."""
-    growth_scale: float = Field(0.3, ge=0)
+    growth_scale: float = Field(default=0.3, ge=0)
     """What the copies' contributions to the residual stream are scaled by."""
-    num_first_layers: int = Field(6, ge=1)
+    num_first_layers: int = Field(default=6, ge=1)
     """Layers that run from the start."""
-    tokens_per_step: int = Field(2048, ge=1)
+    tokens_per_step: int = Field(default=2048, ge=1)
     """Tokens of a batch."""
-    seq_len: int = Field(256, ge=1)
+    seq_len: int = Field(default=256, ge=1)
     """Tokens of a sequence."""
-    long_seq_len: int = Field(1024, ge=1)
+    long_seq_len: int = Field(default=1024, ge=1)
     """Tokens of a sequence towards the end, and the model's context length."""
-    num_long_steps: int = Field(40, ge=0)
+    num_long_steps: int = Field(default=40, ge=0)
     """Steps, the last ones, that use `long_seq_len`."""
-    learning_rate: float = Field(3e-3, gt=0)
+    learning_rate: float = Field(default=3e-3, gt=0)
     """Its peak."""
-    num_warmup_steps: int = Field(60, ge=0)
+    num_warmup_steps: int = Field(default=60, ge=0)
     """Steps in which it rises linearly, at the start and when layers join."""
-    num_decay_steps: int = Field(800, ge=0)
+    num_decay_steps: int = Field(default=800, ge=0)
     """Steps, the last ones, in which it falls linearly to 0."""
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
     """AdamW's, for matrices."""
-    vocab_size: int = Field(2048, ge=1)
+    vocab_size: int = Field(default=2048, ge=1)
     """Tokens of the tokenizer."""
-    num_layers: int = Field(24, ge=1)
+    num_layers: int = Field(default=24, ge=1)
     """L."""
-    hidden_size: int = Field(128, ge=1)
+    hidden_size: int = Field(default=128, ge=1)
     """Width of the residual stream."""
-    intermediate_size: int = Field(384, ge=1)
+    intermediate_size: int = Field(default=384, ge=1)
     """Width of the MLPs."""
-    num_heads: int = Field(2, ge=1)
+    num_heads: int = Field(default=2, ge=1)
     """Query heads, all sharing one key-value head."""
-    max_drop_prob: float = Field(0.1, ge=0, lt=1)
+    max_drop_prob: float = Field(default=0.1, ge=0, lt=1)
     """Layer dropout's largest probability."""
-    e_scale: float = Field(1.0, ge=0, le=1)
+    e_scale: float = Field(default=1.0, ge=0, le=1)
     """Weight of an exit's loss, where the last layer's is 1."""
-    rotation: int = Field(4, ge=1)
+    rotation: int = Field(default=4, ge=1)
     """R, the steps until an exit's loss is on again."""
-    min_exit_layer: int = Field(3, ge=1)
+    min_exit_layer: int = Field(default=3, ge=1)
     """The smallest E that has a loss. From there to `exit_layer` each has one."""
-    exit_interval: int = Field(3, ge=1)
+    exit_interval: int = Field(default=3, ge=1)
     """Beyond `exit_layer`, E has a loss if it is a multiple of this."""
-    num_distill_steps: int = Field(700, ge=0)
+    num_distill_steps: int = Field(default=700, ge=0)
     """Steps, the last ones, in which E = `exit_layer` alone has a loss besides the last layer, at
     every step, and learns what the last layer predicts."""
-    distill_scale: float = Field(2.0, ge=0)
+    distill_scale: float = Field(default=2.0, ge=0)
     """Weight of that loss, where the last layer's is 1."""
-    exit_layer: int = Field(6, ge=1)
+    exit_layer: int = Field(default=6, ge=1)
     """E that the checkpoint is to be drafted with."""
-    num_speculative_tokens: int = Field(4, ge=1)
+    num_speculative_tokens: int = Field(default=4, ge=1)
     """K that it is to be drafted with."""
 
     def make_settings(self) -> LayerSkipSettings:

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerskip_vllm.checkpoint.checks import check_positive_int
-
 CONFIG_KEY = "layerskip"
 DEFAULT_NUM_SPECULATIVE_TOKENS = 4
 
@@ -46,33 +44,24 @@ class Setting:
 
 @dataclass(frozen=True)
 class DraftSettings:
-    """How a checkpoint drafts.
+    """How a checkpoint drafts."""
 
-    Attributes:
-        exit_layer: E, the number of layers that a draft step runs; layers [0, E).
-        num_speculative_tokens: K, the number of tokens drafted for each verification.
-    """
+    exit_layer: Setting  # E, the number of layers that a draft step runs: layers [0, E)
+    num_speculative_tokens: Setting  # K, the number of tokens drafted for each verification
 
-    exit_layer: Setting
-    num_speculative_tokens: Setting
+
+def check_positive_int(name: str, value: Any) -> None:
+    """Refuse what is not an integer of at least 1; a bool, a float or a numeral in a string too."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
 
 
 def default_settings(model: str, hf_config: Any, num_layers: int) -> DraftSettings:
     """Find the settings for a checkpoint whose user named none.
 
-    The checkpoint's own `layerskip` entry wins, then the table of published checkpoints, then a
-    quarter of the layers and K = 4.
-
-    Args:
-        model: The model's name or path; its last part is looked up in the table.
-        hf_config: The checkpoint's configuration, as read by transformers.
-        num_layers: L, the number of the model's layers.
-
-    Returns:
-        E and K, each with where it comes from.
-
-    Raises:
-        ValueError: If the checkpoint's `layerskip` entry is not of the right form.
+    The checkpoint's own `layerskip` entry wins, then the table of published checkpoints (by the
+    last part of the model's name or path), then a quarter of the layers and K = 4. `ValueError` if
+    the entry is not of the right form.
     """
     name = model.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
     if name in PUBLISHED_SETTINGS:
@@ -111,14 +100,7 @@ def write_entry(folder: Path, entry: Mapping[str, int]) -> None:
     """Put a `layerskip` entry into a checkpoint's `config.json`; all else in it stays.
 
     The file is replaced, not written into: in Hugging Face's cache it is a link to a shared one.
-
-    Args:
-        folder: The checkpoint.
-        entry: `exit_layer` and `num_speculative_tokens`.
-
-    Raises:
-        ValueError: If `config.json` is not a JSON object, or `entry` is not of the right form.
-        OSError: If it cannot be read or written.
+    `ValueError` if it is not a JSON object, or `entry` is not of the right form.
     """
     _checked_entry(entry)
     file = folder / "config.json"

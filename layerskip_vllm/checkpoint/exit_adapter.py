@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn import functional
 
-from layerskip_vllm.checkpoint.checks import check_positive_int
+from layerskip_vllm.checkpoint.entry import check_positive_int
 
 CONFIG_FILE = "exit_adapter.json"
 WEIGHTS_FILE = "exit_adapter.safetensors"
@@ -25,20 +25,12 @@ WEIGHTS_FILE = "exit_adapter.safetensors"
 class ExitAdapterConfig:
     """What an adapter is, and which model it belongs to.
 
-    Attributes:
-        exit_layer: E, the one exit that it was trained for.
-        num_speculative_tokens: K, what it drafts unless the user says otherwise.
-        rank: Rank of its low-rank map.
-        hidden_size: The model's.
-        num_hidden_layers: L, the model's.
-
-    Raises:
-        ValueError: A value is not a positive integer, or they do not go together.
+    `ValueError` if a value is not a positive integer, or they do not go together.
     """
 
-    exit_layer: int
-    num_speculative_tokens: int
-    rank: int
+    exit_layer: int  # E, the one exit that it was trained for
+    num_speculative_tokens: int  # K, what it drafts unless the user says otherwise
+    rank: int  # of its low-rank map
     hidden_size: int
     num_hidden_layers: int
 
@@ -73,21 +65,11 @@ class ExitAdapter(nn.Module):
     are a low-rank map. All is linear, so it means the same where a model scales its norm's output.
     With `scale` and `up` at zero, as they start, the exit is the plain one to the bit, and weight
     decay draws it there.
-
-    Args:
-        config: Its sizes.
-
-    Attributes:
-        config: Its sizes, its exit and its model's shape.
-        scale: `[hidden_size]`, added to 1.
-        down: `[rank, hidden_size]`.
-        up: `[hidden_size, rank]`.
     """
 
-    config: ExitAdapterConfig
-    scale: torch.Tensor
-    down: torch.Tensor
-    up: torch.Tensor
+    scale: torch.Tensor  # [hidden_size], added to 1
+    down: torch.Tensor  # [rank, hidden_size]
+    up: torch.Tensor  # [hidden_size, rank]
 
     def __init__(self, config: ExitAdapterConfig) -> None:
         super().__init__()
@@ -110,14 +92,7 @@ class ExitAdapter(nn.Module):
         return self
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Correct an exit's hidden states.
-
-        Args:
-            hidden_states: `[..., hidden_size]`, after the final norm.
-
-        Returns:
-            The same shape and dtype.
-        """
+        """Correct an exit's hidden states after the final norm, `[..., hidden_size]`."""
         states = hidden_states.to(self.scale.dtype)
         change = states * self.scale + functional.linear(
             functional.linear(states, self.down), self.up
@@ -136,17 +111,7 @@ def save_exit_adapter(folder: Path, adapter: ExitAdapter) -> None:
 
 
 def load_exit_adapter(folder: Path) -> ExitAdapter:
-    """Read an adapter's weights to the CPU.
-
-    Args:
-        folder: What `save_exit_adapter` wrote.
-
-    Returns:
-        The adapter.
-
-    Raises:
-        ValueError: It is no such folder, or a file in it is not what it should be.
-    """
+    """Read an adapter to the CPU; `ValueError` as from `read_exit_adapter_config`."""
     adapter = ExitAdapter(read_exit_adapter_config(folder))
     adapter.load_state_dict(load_file(folder / WEIGHTS_FILE))
     return adapter
@@ -155,14 +120,7 @@ def load_exit_adapter(folder: Path) -> ExitAdapter:
 def read_exit_adapter_config(folder: Path) -> ExitAdapterConfig:
     """Read what an adapter is, and check that its weights are there and have its shapes.
 
-    Args:
-        folder: What `save_exit_adapter` wrote.
-
-    Returns:
-        Its config.
-
-    Raises:
-        ValueError: It is no such folder, or a file in it is not what it should be.
+    `ValueError` if `save_exit_adapter` wrote no such folder, or a file is not what it should be.
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():

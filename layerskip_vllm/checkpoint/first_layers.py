@@ -42,15 +42,7 @@ class FirstLayersLoader(DefaultModelLoader):
 def keep_first_layers(
     weights: Iterable[tuple[str, torch.Tensor]], num_layers: int
 ) -> Generator[tuple[str, torch.Tensor]]:
-    """Leave out the weights of all layers but the first ones.
-
-    Args:
-        weights: A checkpoint's weights by name.
-        num_layers: How many layers to keep.
-
-    Yields:
-        The weights of layers [0, num_layers), and those that belong to no layer.
-    """
+    """Yield the weights of layers [0, num_layers), and those that belong to no layer."""
     for name, weight in weights:
         layer = layer_of_weight(name)
         if layer is None or layer < num_layers:

@@ -28,18 +28,10 @@ class Settings(BaseModel):
 
 
 def parse(model: type[Model], values: Any, where: str = "") -> Model:
-    """Make settings of plain values, as YAML and JSON have them.
+    """Make settings of a mapping as YAML and JSON have it, which errors call `where`.
 
-    Args:
-        model: The settings.
-        values: A mapping of plain values.
-        where: What errors call the mapping; nothing for a config's top.
-
-    Returns:
-        The settings; lists have become tuples where those are wanted, integers floats.
-
-    Raises:
-        ValueError: Something does not fit, see `explain`.
+    Lists become tuples where those are wanted, integers floats. `ValueError` if something does not
+    fit, see `explain`.
     """
     try:
         return model.model_validate_json(json.dumps(values))
@@ -50,13 +42,7 @@ def parse(model: type[Model], values: Any, where: str = "") -> Model:
 def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> str:
     """Say in one line what is wrong: the first field, its value and what would be right.
 
-    Args:
-        error: What pydantic raised.
-        model: The model that it was raised for.
-        where: What to call the model's values, before the fields' names.
-
-    Returns:
-        Such as "layerskip.e_scale is 7; it must be a number from 0 to 1."
+    Such as "layerskip.e_scale is 7; it must be a number from 0 to 1.", where `where` is layerskip.
     """
     errors = error.errors(include_url=False)
     # What is missing may be there under a misspelled name.
@@ -84,12 +70,7 @@ def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> 
 def describe(wanted: Any, metadata: Sequence[Any] = ()) -> str:
     """Say what a field takes, such as "an integer of at least 1"; that it may be None goes unsaid.
 
-    Args:
-        wanted: Its type annotation.
-        metadata: Its limits, as `FieldInfo.metadata` has them.
-
-    Returns:
-        The words after "it must be".
+    `wanted` is its type annotation, `metadata` its limits as `FieldInfo.metadata` has them.
     """
     options = _options(wanted)
     if len(options) > 1:

@@ -27,32 +27,17 @@ class WeightShares:
 
     Of an embedding a step reads single rows, and of the norms next to nothing, so neither counts;
     an embedding that is the head counts as the head. All experts of a mixture count.
-
-    Attributes:
-        layers: The part of the first E layers.
-        head: The part of the head.
-        adapter: An exit adapter's weights, in the same unit; no part of the target.
     """
 
-    layers: float
+    layers: float  # the first E
     head: float
-    adapter: float = 0.0
+    adapter: float = 0.0  # an exit adapter's weights, in the same unit; no part of the target
 
     @classmethod
     def from_sizes(
         cls, layers: Sequence[int], head: int, exit_layer: int, adapter: int = 0
     ) -> WeightShares:
-        """Make shares of sizes, all in one unit.
-
-        Args:
-            layers: The size of each of the target's layers.
-            head: The size of its head.
-            exit_layer: E, the number of layers that draft.
-            adapter: The size of an exit adapter.
-
-        Returns:
-            The shares.
-        """
+        """Make shares of the sizes of each layer, the head and an adapter, all in one unit."""
         whole = sum(layers) + head
         return cls(sum(layers[:exit_layer]) / whole, head / whole, adapter / whole)
 
@@ -83,17 +68,8 @@ def find_folder(model: str) -> Path | None:
 def read_shares(folder: Path | None, num_layers: int, exit_layer: int) -> WeightShares | None:
     """Add up the sizes in the headers of a folder's safetensors files.
 
-    Args:
-        folder: The checkpoint.
-        num_layers: L, the number of the model's layers; layers beyond (draft heads) do not count.
-        exit_layer: E, the number of layers that draft.
-
-    Returns:
-        The shares; None if the folder does not hold all layers and a head in safetensors files
-        under names known here.
-
-    Raises:
-        ValueError: If a file that is named as one is no safetensors file.
+    Layers beyond `num_layers` (draft heads) do not count. None if the folder does not hold all
+    layers and a head under names known here; `ValueError` if a file is no safetensors file.
     """
     layers, head, embedding = [0] * num_layers, 0, 0
     for file in _weight_files(folder):
@@ -145,12 +121,7 @@ def _read_header(file: Path) -> dict[str, int]:
 def estimate_shares(model_config: ModelConfig, exit_layer: int) -> WeightShares | None:
     """Estimate the shares from the config: equal layers of attention and a gated MLP.
 
-    Args:
-        model_config: The model's configuration.
-        exit_layer: E, the number of layers that draft.
-
-    Returns:
-        The shares; None if the config does not name the MLP's size as most do.
+    None if the config does not name the MLP's size as most do.
     """
     hidden_size, head_size = model_config.get_hidden_size(), model_config.get_head_size()
     text_config = model_config.hf_text_config

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.config.speculative import SpeculativeConfig
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
-from layerskip_vllm.checkpoint.checks import check_positive_int
+from layerskip_vllm.checkpoint.entry import check_positive_int
 from layerskip_vllm.config.flags import FLAG_OF_SETTING
 
 if TYPE_CHECKING:

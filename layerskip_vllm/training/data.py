@@ -36,7 +36,7 @@ class DataConfig(Settings):
     """Whether documents share rows of `seq_len` tokens, or have a row each."""
     streaming: bool = False
     """Whether data is read while training, for what is too large to be read before."""
-    num_processes: int = Field(1, ge=1)
+    num_processes: int = Field(default=1, ge=1)
     """Processes that read data before training; with streaming they are
     `training.dataloader_num_workers`."""
 
@@ -58,20 +58,11 @@ def load_rows(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
 ) -> Rows:
-    """Load data sets and turns them into rows to train on.
+    """Load rows of `input_ids` and `labels`, at most `seq_len` long; packed ones exactly.
 
-    Args:
-        sources: The data sets.
-        config: How rows are made.
-        tokenizer: It must have an end-of-text token.
-        seed: Seed of what is taken from which source when, and of a stream's order. The Trainer
-            shuffles what is no stream.
-
-    Returns:
-        Rows of `input_ids` and `labels`, at most `config.seq_len` long; packed ones exactly.
-
-    Raises:
-        ValueError: The tokenizer has no end-of-text token, files are missing, or columns are.
+    `seed` says what is taken from which source when, and a stream's order; the Trainer shuffles
+    what is no stream. `ValueError` if the tokenizer has no end-of-text token, or files or columns
+    are missing.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no eos_token, which must end each text.")
@@ -101,15 +92,12 @@ def _make_rows(source: DataSource, config: DataConfig, tokenizer: PreTrainedToke
     # A stream is mapped as it is read, by the processes that load it; one process is this one.
     is_parallel = config.num_processes > 1 and not config.streaming
     workers = {"num_proc": config.num_processes} if is_parallel else {}
-    if config.packing:
-        pack = _make_packer(config.seq_len, tokenizer.eos_token_id)
 
-        def make_rows(batch: dict[str, list[Any]]) -> Columns:
-            return pack(encode(batch))
-    else:
-
-        def make_rows(batch: dict[str, list[Any]]) -> Columns:
-            return _cut(encode(batch), config.seq_len)
+    def make_rows(batch: dict[str, list[Any]]) -> Columns:
+        documents = encode(batch)
+        if config.packing:
+            return _pack(documents, config.seq_len, tokenizer.eos_token_id)
+        return _cut(documents, config.seq_len)
 
     return texts.map(
         make_rows, batched=True, batch_size=PACKED_DOCUMENTS, remove_columns=columns, **workers
@@ -174,21 +162,17 @@ def _check_template(name: str, template: str, columns: Sequence[str]) -> None:
             )
 
 
-def _make_packer(seq_len: int, filler_id: int) -> Callable[[Columns], Columns]:
-    """Return what puts documents one after another into rows of `seq_len` tokens.
+def _pack(documents: Columns, seq_len: int, filler_id: int) -> Columns:
+    """Put documents one after another into rows of `seq_len` tokens.
 
     The last row is filled up with tokens that nothing is learned from, so that no text is lost.
     """
-
-    def pack(documents: Columns) -> Columns:
-        rows: Columns = {}
-        for name, filler in (("input_ids", filler_id), ("labels", IGNORED_LABEL)):
-            tokens = [token for document in documents[name] for token in document]
-            tokens += [filler] * (-len(tokens) % seq_len)
-            rows[name] = [tokens[i : i + seq_len] for i in range(0, len(tokens), seq_len)]
-        return rows
-
-    return pack
+    rows: Columns = {}
+    for name, filler in (("input_ids", filler_id), ("labels", IGNORED_LABEL)):
+        tokens = [token for document in documents[name] for token in document]
+        tokens += [filler] * (-len(tokens) % seq_len)
+        rows[name] = [tokens[i : i + seq_len] for i in range(0, len(tokens), seq_len)]
+    return rows
 
 
 def _cut(documents: Columns, seq_len: int) -> Columns:
@@ -205,13 +189,8 @@ def _cut(documents: Columns, seq_len: int) -> Columns:
 def collate(rows: Sequence[Mapping[str, Any]], filler_id: int) -> dict[str, torch.Tensor]:
     """Make a batch of rows, filled up on the right to the length of the longest.
 
-    Args:
-        rows: Rows of `input_ids` and `labels`.
-        filler_id: The token to fill up with.
-
-    Returns:
-        `input_ids`, `labels` and, where rows were filled up, `attention_mask`; each
-        `[batch_size, seq_len] int64`.
+    It has `input_ids`, `labels` and, where rows were filled up, `attention_mask`; each
+    `[batch_size, seq_len] int64`.
     """
     seq_len = max(len(row["input_ids"]) for row in rows)
 

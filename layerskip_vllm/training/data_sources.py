@@ -47,7 +47,7 @@ class DataSource(Settings):
     makes."""
     completion: str | None = None
     """The template of what follows the prompt, and is learned."""
-    weight: float | None = Field(None, gt=0)
+    weight: float | None = Field(default=None, gt=0)
     """The share of this source in the rows, relative to the others'. Without it sources follow one
     another whole."""
 
@@ -62,18 +62,7 @@ class DataSource(Settings):
 
 
 def load_texts(source: DataSource, streaming: bool) -> Rows:
-    """Load a data set as it is.
-
-    Args:
-        source: Which.
-        streaming: Whether it is read while it is used.
-
-    Returns:
-        Its columns.
-
-    Raises:
-        ValueError: There are no such files, they are of several kinds, or cannot be read.
-    """
+    """Load a data set's columns; `ValueError` if its files are missing, unlike or unreadable."""
     try:
         return _load(source, streaming)
     except datasets.exceptions.DatasetsError as error:

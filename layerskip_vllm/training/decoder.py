@@ -1,8 +1,7 @@
 """Finds a causal language model's decoder layers and head, and reads their outputs.
 
-All of training goes through here to a transformers model; the model's own modules and `forward` are
-used as they are, so whatever a model does before its layers and after its norm is done for exits
-too.
+All of training goes through here to a transformers model. Its own modules and `forward` are used,
+so whatever a model does before its layers and after its norm is done for exits too.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,16 +45,11 @@ class DecoderParts:
     head: nn.Module
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Compute the logits of the exit after a layer.
+        """Compute an exit's logits, `[batch_size, seq_len, vocab_size]` in the head's dtype.
 
-        The model's own `forward` computes them, with the decoder's work done already: so logits are
-        scaled or capped where the model does that.
-
-        Args:
-            hidden_states: x_{l+1}, the layer's output, `[batch_size, seq_len, hidden_size]`.
-
-        Returns:
-            `[batch_size, seq_len, vocab_size]`, in the head's dtype.
+        From x_{l+1}, its layer's output, `[batch_size, seq_len, hidden_size]`, by the model's own
+        `forward` with the decoder's work done already: so logits are scaled or capped where the
+        model does that.
         """
         output = _DecoderOutput(last_hidden_state=self.norm(hidden_states))
         undo = replace_forward(self.decoder, lambda *_args, **_kwargs: output)
@@ -74,15 +68,7 @@ class DecoderParts:
 def find_decoder_parts(model: Any) -> DecoderParts:
     """Find the parts of a transformers causal language model, one with peft's adapters too.
 
-    Args:
-        model: The model, with its head.
-
-    Returns:
-        Its own modules, not copies.
-
-    Raises:
-        ValueError: The model is an encoder-decoder, or has no decoder layers, no final norm after
-            them or no head.
+    `ValueError` if it is an encoder-decoder, or has no decoder layers, final norm or head.
     """
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
@@ -112,14 +98,9 @@ def _first_child(module: nn.Module, names: Iterable[str], kind: type[nn.Module])
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Put `forward` in the place of a module's own.
+    """Put `forward`, called without the module, in the place of a module's own.
 
-    Args:
-        module: The module.
-        forward: Called without the module.
-
-    Returns:
-        A function that puts back what was there: the class's, or one that was put there before.
+    The function that is returned puts back what was there: the class's, or one put there before.
     """
     replaced = module.__dict__.get("forward")
     module.forward = forward
@@ -137,15 +118,10 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[
 def capture_layer_outputs(
     layers: Sequence[nn.Module], layer_indices: Iterable[int]
 ) -> Iterator[dict[int, torch.Tensor]]:
-    """Collect the outputs of some layers while a forward pass runs inside the `with`.
+    """Collect the outputs of some of all `layers` while a forward pass runs inside the `with`.
 
-    Args:
-        layers: The model's decoder layers, all of them, in order.
-        layer_indices: Which to collect from.
-
-    Yields:
-        A dict that fills up as layers run: layer index to x_{l+1},
-        `[batch_size, seq_len, hidden_size]`, before the final norm.
+    The dict fills up as layers run: layer index to x_{l+1}, `[batch_size, seq_len, hidden_size]`,
+    before the final norm.
     """
     outputs: dict[int, torch.Tensor] = {}
 

@@ -1,8 +1,7 @@
 """Early exit loss: the model's one head is trained to read every layer's output.
 
-`LayerSkip` captures the outputs of a transformers model's decoder layers, and this module turns
-them into one weighted loss. Layer l's exit reads x_{l+1}, that layer's *output*, through the final
-norm and the head.
+`LayerSkip` captures the outputs of the decoder layers, of which this makes one weighted loss.
+Layer l's exit reads x_{l+1}, that layer's *output*, through the final norm and the head.
 
 Source: LayerSkip, arXiv 2404.16710, section 4.1.
 """
@@ -33,22 +32,14 @@ def is_exit_on(
 ) -> bool:
     """Say whether the exit after a layer has a loss at a training step; the last always has.
 
-    "rotational" has every R-th exit on, and the set moves up by one layer at each step. "gradual"
-    switches exits on from the last to the first, one more every T / (2 L) steps, all from T / 2 on.
+    "none" has every exit on at every step. "rotational" has every R-th exit on, and the set moves
+    up by one layer at each step. "gradual" switches exits on from the last to the first, one more
+    every T / (2 L) steps, all from T / 2 on.
 
     Differs: the paper does not say that the last layer is on at every step. With R near the number
     of layers most steps would otherwise train one middle exit and nothing else.
 
-    Args:
-        curriculum: Which of them; "none" has every exit on at every step.
-        layer_idx: l, from 0.
-        num_layers: L.
-        step: t, from 0.
-        num_steps: T, the steps of the whole training.
-        rotation: R, the steps until an exit is on again.
-
-    Returns:
-        Whether it counts.
+    `layer_idx` is l and `step` is t, both from 0; `num_layers` is L, `num_steps` T, `rotation` R.
     """
     last = num_layers - 1
     if curriculum == "none" or layer_idx == last:
@@ -59,21 +50,13 @@ def is_exit_on(
 
 
 def exit_scales(num_layers: int, e_scale: float, kind: ExitScale = "sum") -> list[float]:
-    """Return e(l), each exit's weight before they are normalized, for all layers.
+    """Return e(l), each exit's weight before they are normalized, for all layers, first to last.
 
     "sum", the paper's, is e_scale * (0 + 1 + ... + l), with L - 1 added for the last layer, whose
     sum ends at L - 2. Late exits weigh far more than early ones, and the first layer's nothing.
 
     Differs: "flat" is e_scale for every exit and 1 for the last layer. An early exit then has a
     share that is large enough to learn from few tokens.
-
-    Args:
-        num_layers: L.
-        e_scale: How much the exits weigh against the last layer, 0 to 1.
-        kind: Which of the two.
-
-    Returns:
-        `num_layers` weights, the first layer's first.
     """
     last = num_layers - 1
     if kind == "flat":
@@ -90,25 +73,17 @@ def exit_shares(scales: Sequence[float], layers: Collection[int]) -> dict[int, f
 
 @dataclass
 class EarlyExitLoss:
-    """The weighted sum of the active exits' next-token losses.
+    """The weighted sum of the active exits' next-token losses; see `LayerSkipSettings`.
 
-    Attributes:
-        parts: The model's parts.
-        scales: e(l) of each layer that runs, see `exit_scales`.
-        curriculum: Which exits have a loss when, see `is_exit_on`.
-        rotation: R, with the rotational curriculum.
-        exit_layers: The layers, besides the last, whose exits may have a loss; all when None.
-        recompute_logits: Whether an exit's logits are computed again in the backward pass instead
-            of being kept, so that memory holds one exit's at a time.
-        target: What exits learn to predict: the "labels", or what the "last_layer" predicts. Then
-            the last layer learns the labels, and nothing from its exits' losses.
+    With the target "last_layer" the last layer learns the labels, and nothing from its exits'
+    losses.
     """
 
     parts: DecoderParts
-    scales: list[float]
+    scales: list[float]  # e(l) of each layer that runs, see `exit_scales`
     curriculum: Curriculum = "none"
     rotation: int = 1
-    exit_layers: Collection[int] | None = None
+    exit_layers: Collection[int] | None = None  # layer indices besides the last; all when None
     recompute_logits: bool = False
     target: ExitTarget = "labels"
 
@@ -131,7 +106,7 @@ class EarlyExitLoss:
         labels: torch.Tensor,
         num_labels: torch.Tensor | int | None = None,
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Compute the loss to train on, and each active exit's own loss.
+        """Compute the loss to train on, and each active exit's own, detached; `[] float32`.
 
         Args:
             layer_outputs: Active layer to x_{l+1}, `[batch_size, seq_len, hidden_size]`.
@@ -141,8 +116,7 @@ class EarlyExitLoss:
                 labels of all of the step's micro-batches. Those of this one when None.
 
         Returns:
-            The weighted loss, `[] float32`, and layer index to that exit's cross-entropy with its
-            target, `[] float32`, detached.
+            The weighted loss, and layer index to that exit's cross-entropy with its target.
         """
         last = len(self.scales) - 1
         soft_labels = None
@@ -174,19 +148,10 @@ def exit_loss(
     soft_labels: torch.Tensor | None = None,
     num_labels: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """Compute one exit's cross-entropy with its target.
+    """Compute one exit's cross-entropy with its target, `[] float32`; see `EarlyExitLoss.compute`.
 
-    Args:
-        parts: The model's parts.
-        hidden_states: x_{l+1}, `[batch_size, seq_len, hidden_size]`.
-        labels: `[batch_size, seq_len] int64`, the token to predict at each place, -100 where there
-            is none.
-        soft_labels: `[batch_size * seq_len, vocab_size] float32`, the probabilities to predict
-            where there is a label, or None to predict the label.
-        num_labels: What the sum over tokens is divided by; the number of labels when None.
-
-    Returns:
-        `[] float32`.
+    `soft_labels`, `[batch_size * seq_len, vocab_size] float32`, are probabilities to predict where
+    there is a label; None predicts the label.
     """
     labels = labels.flatten()
     logits = parts.compute_logits(hidden_states).float().flatten(0, -2)

@@ -31,29 +31,18 @@ from layerskip_vllm.training.trainer import ResumableTrainer, check_arguments
 class ExitAdapterSettings(Settings):
     """How an exit adapter is trained."""
 
-    rank: int = Field(128, ge=1)
+    rank: int = Field(default=128, ge=1)
     """Rank of its low-rank map."""
-    exit_layer: int | None = Field(None, ge=1)
+    exit_layer: int | None = Field(default=None, ge=1)
     """E, its exit; a quarter of the layers when not given."""
-    num_speculative_tokens: int | None = Field(None, ge=1)
+    num_speculative_tokens: int | None = Field(default=None, ge=1)
     """K that it says it drafts; 4 when not given."""
     target: ExitTarget = "last_layer"
     """What it learns to predict: what the "last_layer" does, by which drafts are accepted, or the
     "labels", for which only the first E layers run."""
 
     def make_config(self, hidden_size: int, num_layers: int) -> ExitAdapterConfig:
-        """Make the config of a model's adapter.
-
-        Args:
-            hidden_size: The model's.
-            num_layers: L, the model's decoder layers.
-
-        Returns:
-            The adapter's config.
-
-        Raises:
-            ValueError: The settings do not fit the model.
-        """
+        """Make the config of a model's adapter; `ValueError` if the settings do not fit."""
         defaults = default_settings("", None, num_layers)
         return ExitAdapterConfig(
             exit_layer=self.exit_layer or defaults.exit_layer.value,
@@ -68,22 +57,10 @@ class ExitAdapterSettings(Settings):
 class AdaptedExit(nn.Module):
     """One exit of a frozen model, with the adapter as all that it registers and trains.
 
-    Called with labels it returns the exit's loss, as a model does. The model runs without gradients
-    and in eval mode, whatever mode this is in.
-
-    Args:
-        model: A transformers causal language model; its weights need no gradient from now on.
-        settings: How the adapter is trained.
-        seed: Of its first weights.
-
-    Attributes:
-        adapter: What is trained, in float32.
-
-    Raises:
-        ValueError: The model has peft's adapters or no decoder layers, or the settings do not fit.
+    Called with labels it returns the exit's loss, as a model does. The model, a transformers causal
+    language model without peft's adapters, needs no gradient from now on and runs in eval mode,
+    whatever mode this is in. The adapter is in float32; `seed` draws its first weights.
     """
-
-    adapter: ExitAdapter
 
     def __init__(self, model: Any, settings: ExitAdapterSettings, seed: int) -> None:
         super().__init__()
@@ -112,17 +89,10 @@ class AdaptedExit(nn.Module):
         position_ids: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> CausalLMOutputWithPast:
-        """Compute the exit's loss.
+        """Compute the exit's loss, and no logits.
 
-        Args:
-            input_ids: `[batch_size, seq_len] int64`.
-            labels: `[batch_size, seq_len] int64`, not shifted, -100 where there is none.
-            attention_mask: The model's.
-            position_ids: The model's.
-            num_items_in_batch: The labels of the whole step; those of this batch when None.
-
-        Returns:
-            The loss, and no logits.
+        `input_ids` and `labels`, which are not shifted, are `[batch_size, seq_len] int64`;
+        `num_items_in_batch` are the labels of the whole step, those of this batch when None.
         """
         exit_idx, last_idx = self.adapter.config.exit_layer - 1, len(self._parts.layers) - 1
         layer_indices = [exit_idx, last_idx] if self._is_target_last else [exit_idx]
@@ -167,23 +137,9 @@ class ExitAdapterTrainer(ResumableTrainer):
     """A `Trainer` of an exit adapter.
 
     The model is neither changed nor saved: checkpoints and what `save_model` writes are the
-    adapter's folder. Evaluation measures the adapter by what it learns.
-
-    Args:
-        model: The model, without peft's adapters.
-        args: The Trainer's arguments.
-        settings: How to train the adapter.
-        **kwargs: The Trainer's other arguments.
-
-    Attributes:
-        adapter: What is trained.
-
-    Raises:
-        ValueError: The settings do not fit the model, or an argument asks for what has no meaning
-            with a frozen model, or for another loss.
+    adapter's folder. Evaluation measures the adapter by what it learns. `ValueError` if the
+    settings do not fit the model, or an argument has no meaning with a frozen model.
     """
-
-    adapter: ExitAdapter
 
     def __init__(
         self,
@@ -195,9 +151,8 @@ class ExitAdapterTrainer(ResumableTrainer):
         check_arguments(args, kwargs)
         check_adapter_arguments(args)
         exit_ = AdaptedExit(model, settings, args.seed)
-        nn.Module.to(
-            model, args.device
-        )  # The Trainer moves what the exit registers, the adapter alone.
+        # The Trainer moves what the exit registers, the adapter alone.
+        nn.Module.to(model, args.device)
         self.adapter = exit_.adapter
         super().__init__(model=exit_, args=args, **kwargs)
 
@@ -216,14 +171,7 @@ class ExitAdapterTrainer(ResumableTrainer):
 
 
 def check_adapter_arguments(args: TrainingArguments) -> None:
-    """Check that the Trainer's arguments have a meaning for an adapter of a frozen model.
-
-    Args:
-        args: The Trainer's arguments.
-
-    Raises:
-        ValueError: One of them has none; it is named with its value and what would be right.
-    """
+    """Refuse arguments of the Trainer that have no meaning for an adapter of a frozen model."""
     for name, is_off, reason in (
         ("gradient_checkpointing", not args.gradient_checkpointing, "no layer has a gradient"),
         ("fsdp", not args.fsdp, "each process holds the model whole"),

@@ -19,32 +19,20 @@ from layerskip_vllm.training.exit_head import ExitHead
 
 @dataclass(frozen=True)
 class Acceptance:
-    """What became of the tokens one exit drafted.
+    """What became of the tokens one exit drafted, over `num_rounds` drafts that were verified."""
 
-    Attributes:
-        rate: Accepted tokens over drafted tokens.
-        rate_by_position: The same for each place in the draft, first to last.
-        num_rounds: Rounds of drafting and verifying that this is measured over.
-    """
-
-    rate: float
-    rate_by_position: list[float]
+    rate: float  # accepted tokens over drafted ones
+    rate_by_position: list[float]  # the same for each place in the draft, first to last
     num_rounds: int
 
 
 @dataclass(frozen=True)
 class HeldOutExits:
-    """What every exit makes of held-out text, first layer to last; the last is the model's own.
+    """What every exit makes of held-out text, first layer to last; the last is the model's own."""
 
-    Attributes:
-        losses: Mean cross-entropy in nats per token.
-        agreements: Share of places where the exit's likeliest token is the last layer's.
-        num_tokens: Places that this is measured over.
-    """
-
-    losses: list[float]
-    agreements: list[float]
-    num_tokens: int
+    losses: list[float]  # mean cross-entropy in nats per token
+    agreements: list[float]  # share of places where its likeliest token is the last layer's
+    num_tokens: int  # places that this is measured over
 
 
 @torch.inference_mode()
@@ -56,17 +44,9 @@ def measure_held_out(
 ) -> HeldOutExits:
     """Measure every exit on text that the model has not seen.
 
+    Of `sequences`, `[num_sequences, seq_len + 1] int64`, each token but the first is predicted.
     Exits are unembedded one at a time and in chunks: beside the model's own this takes the memory
-    of every layer's output for one batch.
-
-    Args:
-        model: A Hugging Face causal language model.
-        sequences: `[num_sequences, seq_len + 1] int64`; each token but the first is predicted.
-        batch_size: Sequences of a forward pass.
-        on_sequences: Called with the number of sequences whenever some are done.
-
-    Returns:
-        Losses and agreements over all sequences.
+    of every layer's output for one batch. `on_sequences` hears how many were done in each.
     """
     head = ExitHead(model)
     num_layers = len(head.parts.layers)
@@ -104,21 +84,11 @@ def exit_matches(
     batch_size: int = 1,
     on_prompts: Callable[[int], None] = lambda _: None,
 ) -> list[torch.Tensor]:
-    """Complete prompts greedily, and says where each exit would have chosen the same token.
+    """Complete prompts greedily, and say where each exit would have chosen the same token.
 
-    Args:
-        model: A Hugging Face causal language model.
-        prompts: Token ids of each prompt.
-        num_new_tokens: Limit of a completion's length; `eos_token_id` ends it and is left out.
-        eos_token_id: The token, or tokens, that end a text.
-        batch_size: Prompts of a forward pass, all of one length.
-        on_prompts: Called with the number of prompts whenever some are done.
-
-    Returns:
-        For each prompt `[num_layers, num_new_tokens] bool`, shorter where the text ended earlier.
-
-    Raises:
-        ValueError: `batch_size` is above 1 and the prompts differ in length.
+    For each prompt `[num_layers, num_new_tokens] bool`, shorter where `eos_token_id`, which is left
+    out, ended it earlier. `on_prompts` hears how many were done in each batch. `ValueError` if
+    `batch_size` is above 1 and the prompts differ in length.
     """
     lengths = sorted({len(prompt) for prompt in prompts})
     if batch_size > 1 and len(lengths) > 1:
@@ -197,14 +167,8 @@ def simulate_acceptance(matches: Sequence[torch.Tensor], num_speculative_tokens:
 
     As in vLLM the first new token comes from the prompt's own step, and each round gives the
     accepted drafts and one token more. A last round that runs past a completion's end is left out.
-
-    Args:
-        matches: For each prompt `[num_new_tokens] bool`, whether the exit would have drafted the
-            token.
-        num_speculative_tokens: K, the tokens drafted in a round.
-
-    Returns:
-        Shares over all rounds of all prompts.
+    `matches` has for each prompt `[num_new_tokens] bool`, whether the exit would have drafted the
+    token.
     """
     accepted_at = [0] * num_speculative_tokens
     num_rounds = 0

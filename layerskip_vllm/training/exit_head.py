@@ -13,15 +13,8 @@ MAX_LOGITS_AT_ONCE = 2**25  # 128 MiB in float32; a loss takes as much again
 class ExitHead:
     """Unembeds any layer's output as the model does its last layer's.
 
-    Done as `DecoderParts.compute_logits` does, in parts that fit in memory, and checked to be what
-    the model itself makes of its last layer.
-
-    Args:
-        model: A Hugging Face causal language model.
-
-    Raises:
-        ValueError: If the model's logits are not what this makes of its last layer's output, or it
-            has no parts that `find_decoder_parts` knows.
+    Done as `DecoderParts.compute_logits` does, in parts that fit in memory. `ValueError` if the
+    model's logits are not what this makes of its last layer's output.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

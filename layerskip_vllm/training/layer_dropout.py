@@ -25,7 +25,7 @@ TimeSchedule = Literal["constant", "exponential", "decreasing"]
 class LayerDropoutSettings(Settings):
     """How often each layer is skipped."""
 
-    max_drop_prob: float = Field(0.1, ge=0, lt=1)
+    max_drop_prob: float = Field(default=0.1, ge=0, lt=1)
     """p_max, the last layer's probability of being skipped for a sample, where the time schedule is
     at its height."""
     depth_schedule: DepthSchedule = "exponential"
@@ -76,10 +76,6 @@ class LayerDropout:
     returns new ones alone, as decoder layers in transformers 5 do. Any other tensor argument with
     at least two dimensions whose first is `batch_size` (masks, position ids, rotary tables) is per
     sample and is sliced with them.
-
-    Args:
-        layers: The model's decoder layers, all of them, in order.
-        settings: How often to skip.
     """
 
     def __init__(self, layers: Iterable[nn.Module], settings: LayerDropoutSettings) -> None:

@@ -9,16 +9,14 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from layerskip_vllm.training.decoder import (
-    DecoderParts,
     capture_layer_outputs,
     find_decoder_parts,
     replace_forward,
 )
-from layerskip_vllm.training.early_exit_loss import EarlyExitLoss, next_token_labels
+from layerskip_vllm.training.early_exit_loss import next_token_labels
 from layerskip_vllm.training.layer_dropout import LayerDropout
 from layerskip_vllm.training.settings import LayerSkipSettings
 
@@ -32,36 +30,16 @@ class LayerSkip:
                 model(**batch, labels=batch["input_ids"]).loss.backward()
 
     A forward pass with labels in training mode returns the early exit loss and no logits. In eval
-    mode, without labels and outside of the `with` the model does what it always does.
-
-    Args:
-        model: A transformers causal language model, one with peft's adapters too.
-        settings: How to train it.
-
-    Attributes:
-        model: The causal language model itself.
-        parts: Its parts.
-        num_layers: L.
-        exit_loss: The loss; a loop that trains in phases may put another in its place.
-        exit_losses: Each exit's loss in the last training forward, by its E, `[] float32`.
-        is_on: Whether the model trains with LayerSkip now.
-
-    Raises:
-        ValueError: The model has no decoder layers, or the settings do not fit it.
+    mode, without labels and outside of the `with` the model does what it always does. It may have
+    peft's adapters. `ValueError` if it has no decoder layers, or the settings do not fit it.
     """
-
-    model: PreTrainedModel
-    parts: DecoderParts
-    num_layers: int
-    exit_loss: EarlyExitLoss
-    exit_losses: dict[int, torch.Tensor]
-    is_on: bool
 
     def __init__(self, model: Any, settings: LayerSkipSettings) -> None:
         self.parts = find_decoder_parts(model)
         self.model = self.parts.model
         self.num_layers = len(self.parts.layers)
-        self.exit_losses = {}
+        # Each exit's loss in the last training forward, by its E, `[] float32`.
+        self.exit_losses: dict[int, torch.Tensor] = {}
         self.is_on = False
         settings.check_fits(self.num_layers)
         if getattr(self.model.config, "output_router_logits", False):
@@ -69,6 +47,7 @@ class LayerSkip:
                 "output_router_logits is true in the model's config, but the experts' balancing "
                 "loss is no part of the early exit loss; set it to false."
             )
+        # A loop that trains in phases may put another in its place.
         self.exit_loss = settings.make_exit_loss(self.parts)
         self._dropout = LayerDropout(self.parts.layers, settings)
         self._undo: Callable[[], None] | None = None
@@ -91,12 +70,9 @@ class LayerSkip:
             self._undo = None
 
     def set_step(self, step: int, num_steps: int, micro_batch: int = 0) -> None:
-        """Say which step the coming forward passes belong to.
+        """Say which of the training's optimizer steps, from 0, the coming forward passes are.
 
-        Args:
-            step: The optimizer step, from 0.
-            num_steps: T, the optimizer steps of the whole training.
-            micro_batch: Which of the step's forward passes this is, if gradients are accumulated.
+        `micro_batch` is which of the step's passes it is, if gradients are accumulated.
         """
         self._step, self._num_steps = step, num_steps
         self._dropout.set_step(step, num_steps, micro_batch)

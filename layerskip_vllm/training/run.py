@@ -34,16 +34,9 @@ STATE_FILE = "trainer_state.json"  # the Trainer writes it last into a checkpoin
 
 
 def prepare(config: RunConfig) -> ResumableTrainer:
-    """Load all that a run needs, and checks that it goes together.
+    """Load all that a run needs into a trainer, ready for `train`.
 
-    Args:
-        config: The run's config.
-
-    Returns:
-        The trainer, ready for `train`.
-
-    Raises:
-        ValueError: Something does not go together, or `output_dir` holds a run of another config.
+    `ValueError` if something does not go together, or `output_dir` holds a run of another config.
     """
     args = config.make_arguments()
     check_arguments(args, {})
@@ -71,12 +64,7 @@ def prepare(config: RunConfig) -> ResumableTrainer:
 
 
 def train(trainer: ResumableTrainer, config: RunConfig) -> None:
-    """Train, from the last checkpoint in `output_dir` if there is one, and saves the result there.
-
-    Args:
-        trainer: What `prepare` returned.
-        config: The config it was made from.
-    """
+    """Train, from the last checkpoint in `output_dir` if there is any, and save it there."""
     output_dir = Path(str(trainer.args.output_dir))
     if trainer.is_world_process_zero():
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -88,17 +76,9 @@ def train(trainer: ResumableTrainer, config: RunConfig) -> None:
 
 
 def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Load the checkpoint to start from, or makes a model of random weights.
+    """Load the checkpoint to start from, or make a model of random weights, in `config.dtype`.
 
-    Args:
-        config: Which.
-        tokenizer: What it is trained with.
-
-    Returns:
-        The model, in `config.dtype`.
-
-    Raises:
-        ValueError: The model has fewer tokens than the tokenizer.
+    `ValueError` if it has fewer tokens than the tokenizer.
     """
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     if config.attn_implementation is not None:
@@ -119,14 +99,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTr
 
 
 def check_whole_checkpoint(args: TrainingArguments) -> None:
-    """Refuse a DeepSpeed config whose run would not end in a checkpoint that vLLM can load.
-
-    Args:
-        args: The run's arguments.
-
-    Raises:
-        ValueError: DeepSpeed spreads the weights, and does not gather them to be saved.
-    """
+    """Refuse a DeepSpeed config that spreads the weights and does not gather them to be saved."""
     deepspeed = getattr(args, "hf_deepspeed_config", None)
     key = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
     if deepspeed is not None and deepspeed.is_zero3() and not deepspeed.is_true(key):
@@ -144,15 +117,7 @@ def identify(config: RunConfig) -> dict[str, Any]:
 
 
 def check_same_run(output_dir: Path, config: RunConfig) -> None:
-    """Check that a folder's checkpoints, if any, are of this run.
-
-    Args:
-        output_dir: The folder.
-        config: The run's config.
-
-    Raises:
-        ValueError: They are of another run.
-    """
+    """Refuse a folder with checkpoints of another run."""
     if not (output_dir / RUN_FILE).is_file() or find_last_checkpoint(output_dir) is None:
         return
     before = json.loads((output_dir / RUN_FILE).read_text())

@@ -66,7 +66,7 @@ class RunConfig(Settings):
     """How it trains for early exit; the defaults when not given."""
     exit_adapter: ExitAdapterSettings | None = None
     """How it trains an exit adapter, with the model frozen, instead."""
-    sequences_per_step: int | None = Field(None, ge=1)
+    sequences_per_step: int | None = Field(default=None, ge=1)
     """Sequences of an optimizer step over all devices. It sets
     `training.gradient_accumulation_steps` for as many devices as there are."""
 
@@ -114,11 +114,7 @@ class RunConfig(Settings):
     def make_arguments(self) -> TrainingArguments:
         """Make the Trainer's arguments, with gradients accumulated up to `sequences_per_step`.
 
-        Returns:
-            The arguments for this machine.
-
-        Raises:
-            ValueError: `sequences_per_step` is no multiple of what the devices take at once.
+        `ValueError` if that is no multiple of what this machine's devices take at once.
         """
         args = TrainingArguments(**self._checked_training())
         if self.sequences_per_step is not None:
@@ -158,17 +154,7 @@ def list_recipes() -> dict[str, str]:
 
 
 def read_config_text(name: str) -> str:
-    """Read the text of a config.
-
-    Args:
-        name: A YAML file's path, or the name of a ready recipe.
-
-    Returns:
-        The YAML.
-
-    Raises:
-        ValueError: There is neither such a file nor such a recipe.
-    """
+    """Read a YAML file or a ready recipe; `ValueError` if there is neither of that name."""
     if Path(name).is_file():
         return Path(name).read_text()
     if name in list_recipes():
@@ -180,17 +166,9 @@ def read_config_text(name: str) -> str:
 
 
 def load_config(name: str, assignments: list[str] | None = None) -> RunConfig:
-    """Read a run's config.
+    """Read and check a run's config: a YAML file or a ready recipe, with values set over its own.
 
-    Args:
-        name: A YAML file's path, or the name of a ready recipe.
-        assignments: Values to set over the file's, see `read_tree`.
-
-    Returns:
-        The config, checked.
-
-    Raises:
-        ValueError: Something in it is unknown, missing or wrong.
+    `ValueError` if something in it is unknown, missing or wrong.
     """
     return parse(RunConfig, read_tree(read_config_text(name), assignments or []))
 
@@ -198,17 +176,9 @@ def load_config(name: str, assignments: list[str] | None = None) -> RunConfig:
 def read_tree(text: str, assignments: list[str]) -> dict[str, Any]:
     """Read a YAML text whose top is a mapping, and set values over its own.
 
-    Args:
-        text: The YAML.
-        assignments: Such as `training.max_steps=100`, or `data.train.0.path=...` for a list's item;
-            the value is YAML.
-
-    Returns:
-        Plain values.
-
-    Raises:
-        ValueError: It is no YAML, is not a mapping or has a key twice, or an assignment is none or
-            its path goes through something that has no such part.
+    An assignment is such as `training.max_steps=100`, or `data.train.0.path=...` for a list's item;
+    its value is YAML. `ValueError` if the text is no YAML, not a mapping or has a key twice, or an
+    assignment is none or its path goes through something that has no such part.
     """
     try:
         config: Any = OmegaConf.load(io.StringIO(text))

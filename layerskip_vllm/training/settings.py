@@ -25,14 +25,14 @@ class LayerSkipSettings(LayerDropoutSettings):
     An exit is named by its E, the number of layers that run before it, as when serving.
     """
 
-    e_scale: float = Field(0.2, ge=0, le=1)
+    e_scale: float = Field(default=0.2, ge=0, le=1)
     """How much the exits' losses weigh against the last layer's."""
     exit_scale: ExitScale = "sum"
     """Their weights by depth: "sum", the paper's, or "flat"."""
     curriculum: Curriculum = "rotational"
     """Which exits have a loss at a step, besides the whole model: every R-th, by turns, more and
     more from the last down, or all with "none"."""
-    rotation: int = Field(8, ge=1)
+    rotation: int = Field(default=8, ge=1)
     """R, the steps until an exit has a loss again, with the rotational curriculum."""
     exit_layers: tuple[int, ...] | None = None
     """The E that have a loss, besides the whole model; all when not given."""
@@ -43,7 +43,7 @@ class LayerSkipSettings(LayerDropoutSettings):
     that memory holds one exit's at a time."""
     exit_layer: int | None = None
     """E that the checkpoint says it drafts with; a quarter of the layers when not given."""
-    num_speculative_tokens: int | None = Field(None, ge=1)
+    num_speculative_tokens: int | None = Field(default=None, ge=1)
     """K that it says it drafts with; 4 when not given."""
 
     @model_validator(mode="after")
@@ -57,15 +57,7 @@ class LayerSkipSettings(LayerDropoutSettings):
         return self
 
     def check_fits(self, num_layers: int) -> None:
-        """Check the settings against a model.
-
-        Args:
-            num_layers: L, the model's decoder layers.
-
-        Raises:
-            ValueError: A setting is out of range for a model of L layers, or the exit that drafts
-                would never have a loss.
-        """
+        """Refuse what is out of range for a model of L layers, and a draft exit without a loss."""
         if self.curriculum == "rotational" and self.rotation > num_layers:
             raise ValueError(
                 f"rotation is {self.rotation}; it must be from 1 to {num_layers}, the model's "

@@ -38,17 +38,9 @@ class LayerSkipTrainer(ResumableTrainer):
 
     The logs gain `loss_exit_E` for each exit that had a loss since the last log, the whole model's
     among them; `loss` is their weighted sum. Evaluation, checkpoints and resuming are the
-    Trainer's, and `config.json` gains the `layerskip` entry that serving reads E and K from.
-
-    Args:
-        model: The model, with peft's adapters or without.
-        args: The Trainer's arguments.
-        settings: How to train for early exit.
-        **kwargs: The Trainer's other arguments.
-
-    Raises:
-        ValueError: The model has no decoder layers, the settings do not fit it, or an argument asks
-            for a loss or a forward pass that leaves no room for exits.
+    Trainer's, and `config.json` gains the `layerskip` entry that serving reads E and K from. The
+    model may have peft's adapters. `ValueError` if it has no decoder layers, the settings do not
+    fit it, or an argument asks for a loss or a forward pass that leaves no room for exits.
     """
 
     def __init__(
@@ -100,17 +92,8 @@ class LayerSkipTrainer(ResumableTrainer):
     ) -> Any:
         """Compute the model's loss, as the Trainer does; in training that is the early exit loss.
 
-        Args:
-            model: The model, as the Trainer has wrapped it.
-            inputs: A micro-batch.
-            return_outputs: Whether to return the model's output too.
-            num_items_in_batch: The labels of the whole step, over all its micro-batches and ranks.
-
-        Returns:
-            The loss, `[] float32`, or a pair of it and the output.
-
-        Raises:
-            RuntimeError: Something went around the forward pass that computes it.
+        `num_items_in_batch` are the labels of the whole step, over all micro-batches and ranks.
+        `RuntimeError` if something went around the forward pass that computes the loss.
         """
         self.layer_skip.exit_losses = {}
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -166,14 +149,9 @@ class _EndCallback(TrainerCallback):
 
 
 def check_arguments(args: TrainingArguments, others: dict[str, Any]) -> None:
-    """Check that the Trainer's arguments leave the loss and the forward pass to LayerSkip.
+    """Refuse arguments that do not leave the loss and the forward pass to LayerSkip.
 
-    Args:
-        args: The Trainer's arguments.
-        others: What else the Trainer is made with, by name.
-
-    Raises:
-        ValueError: One of them does not; it is named with its value and what would be right.
+    `others` is what else the Trainer is made with, by name.
     """
     for name, needed, reason in (
         ("torch_compile", False, "layers are skipped by draws that change at every step"),

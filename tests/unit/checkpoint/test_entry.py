@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 
-from layerskip_vllm.checkpoint.checks import check_positive_int
-from layerskip_vllm.checkpoint.entry import PUBLISHED_SETTINGS, default_settings, write_entry
+from layerskip_vllm.checkpoint.entry import (
+    PUBLISHED_SETTINGS,
+    check_positive_int,
+    default_settings,
+    write_entry,
+)
 
 
 def settings_of(model: str, num_layers: int = 32, **config: Any) -> tuple[int, int]:
