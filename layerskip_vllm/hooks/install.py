@@ -37,24 +37,15 @@ class Entry:
     """What the plugin does with something in vLLM that is not promised to stay: the ledger's entry.
 
     The ledger in `patches/README.md` and the digests are made from it by `scripts/ledger.py`.
-
-    Attributes:
-        why: One line, also for `layerskip-vllm doctor`.
-        reason: What more there is to say of that, for the ledger.
-        process: The processes that it happens in.
-        how: What is done.
-        relies_on: What of vLLM's source that depends on, by `module:qualified.name`.
-        upstream: Where vLLM's developers discuss it.
-        remove_when: What would make it superfluous.
     """
 
-    why: str
-    reason: str = ""
-    process: str
-    how: str
-    relies_on: tuple[str, ...] = ()
-    upstream: str = "none"
-    remove_when: str
+    why: str  # a line, also for `doctor`
+    reason: str = ""  # what more there is to say of that, for the ledger
+    process: str  # the processes that it happens in
+    how: str  # what is done
+    relies_on: tuple[str, ...] = ()  # in vLLM's source, by `module:qualified.name`
+    upstream: str = "none"  # where vLLM's developers discuss it
+    remove_when: str  # what would make it superfluous
 
     @property
     def name(self) -> str:
@@ -69,20 +60,12 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Hook(Entry):
-    """One attribute of vLLM that is replaced.
+    """One attribute of vLLM that is replaced."""
 
-    Attributes:
-        target: What is replaced, as `module:qualified.name`.
-        replace: Takes the original and returns what stands in its place; the original is None
-            where the attribute is new.
-        defined_in: The module that defines the target, where its own only imports it.
-        is_new: Whether vLLM itself must not define the target.
-    """
-
-    target: str
-    replace: Replace
-    defined_in: str = ""
-    is_new: bool = False
+    target: str  # what is replaced, as `module:qualified.name`
+    replace: Replace  # the original (None if new) -> what stands in its place
+    defined_in: str = ""  # the module that defines the target, where its own only imports it
+    is_new: bool = False  # vLLM itself must not define the target
 
     @property
     def name(self) -> str:
@@ -110,9 +93,8 @@ class Hook(Entry):
 class Use(Entry):
     """A module of this package that extends, calls or sets what vLLM keeps to itself.
 
-    Attributes:
-        module: The module. What it imports from vLLM, and what its classes override and call of
-            vLLM's, is under a digest too: `scripts/ledger.py` reads it from the code.
+    What it imports from vLLM, and what its classes override and call of vLLM's, is under a digest
+    too: `scripts/ledger.py` reads it from the code.
     """
 
     module: str
@@ -124,15 +106,7 @@ class Use(Entry):
 
 
 def hook(table: list[Hook], **fields: Any) -> Callable[[Replace], Replace]:
-    """Put a hook in `table` whose replacement the decorated function makes.
-
-    Args:
-        table: The hooks that it belongs to.
-        **fields: Those of `Hook`; its `how` is the function's docstring.
-
-    Returns:
-        The decorator, which leaves the function as it is.
-    """
+    """Put a hook in `table`; the decorated function makes its replacement and says its `how`."""
 
     def add(replace: Replace) -> Replace:
         table.append(Hook(replace=replace, how=inspect.getdoc(replace) or "", **fields))
@@ -150,15 +124,7 @@ def hook_state(hook: Hook) -> HookState:
 
 
 def check_version(version: str, is_check_skipped: bool = False) -> None:
-    """Refuse a vLLM that the hooks were not written for.
-
-    Args:
-        version: vLLM's version, such as `0.32.0+cpu`.
-        is_check_skipped: Whether the user has switched this check off.
-
-    Raises:
-        HookError: If `version` is not a supported release and the check is not skipped.
-    """
+    """Raise a HookError if a vLLM is no supported release, unless the check is skipped."""
     if is_check_skipped or version.partition("+")[0] in SUPPORTED_VLLM_VERSIONS:
         return
     raise HookError(
@@ -171,16 +137,10 @@ def check_version(version: str, is_check_skipped: bool = False) -> None:
 def install(entries: Sequence[Entry], digests: DigestTable) -> None:
     """Check all of `entries`, then arm the hooks among them; a second call does nothing.
 
-    A hook whose module is imported already is applied at once, the others on import.
-
-    Args:
-        entries: All that the plugin does with this vLLM.
-        digests: What its source must be.
-
-    Raises:
-        HookError: If a target or something relied on is missing, changed or already patched;
-            nothing is hooked then. A target that is found patched only when its module is imported
-            makes that import, and every later one, fail in the same way.
+    A hook whose module is imported already is applied at once, the others on import. A HookError
+    says what is missing, changed or already patched; nothing is hooked then. A target that is found
+    patched only when its module is imported makes that import, and every later one, fail in the
+    same way.
     """
     needed = [entry for entry in entries if is_needed(entry, digests)]
     hooks = [entry for entry in needed if isinstance(entry, Hook)]

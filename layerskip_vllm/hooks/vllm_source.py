@@ -32,14 +32,10 @@ SUPPORTED_VLLM_VERSIONS = tuple(sorted((file.stem for file in TABLES.glob("*.jso
 
 
 def read_digests(version: str) -> DigestTable:
-    """Read what a version's source must be, by entry of the ledger.
+    """Read what a version's source must be: digests by name, by entry; None for one not needed.
 
-    Args:
-        version: vLLM's version, such as `0.32.0+cpu`. The newest stands for one that is not
-            supported, whose user has switched the check of the version off.
-
-    Returns:
-        The digests by name, by entry; None for an entry that is not needed.
+    The newest version stands for one that is not supported, whose user has switched the check of
+    the version off. It may have a local part, such as `0.32.0+cpu`.
     """
     release = version.partition("+")[0]
     if release not in SUPPORTED_VLLM_VERSIONS:
@@ -49,14 +45,7 @@ def read_digests(version: str) -> DigestTable:
 
 
 def source_digest(name: str) -> str | None:
-    """Digest the source of a definition as it stands on disk.
-
-    Args:
-        name: `module:qualified.name`.
-
-    Returns:
-        The first 16 hex digits of the SHA-256 of its source lines, None if it does not exist.
-    """
+    """Digest the source lines of a definition as they stand on disk; None if it does not exist."""
     module, _, qualname = name.partition(":")
     text = definitions(module).get(qualname)
     return None if text is None else hashlib.sha256(text.encode()).hexdigest()[:16]

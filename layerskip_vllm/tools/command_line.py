@@ -23,31 +23,19 @@ from layerskip_vllm.checkpoint.validation import Settings, describe, explain
 
 @dataclass(frozen=True)
 class Option:
-    """How a field stands on the command line, where it is not `--its-name`.
+    """How a field stands on the command line, where it is not `--its-name`."""
 
-    Attributes:
-        flag: Another name, with its dashes.
-        metavar: What help calls its value.
-        is_positional: Whether it stands without a name.
-        excludes: A name that options share of which only one may be given.
-    """
-
-    flag: str | None = None
-    metavar: str | None = None
-    is_positional: bool = False
-    excludes: str | None = None
+    flag: str | None = None  # another name, with its dashes
+    metavar: str | None = None  # what help calls its value
+    is_positional: bool = False  # stands without a name
+    excludes: str | None = None  # a name shared by options of which only one may be given
 
 
 class Command(Settings):
-    """What a subcommand was told.
+    """What a subcommand was told."""
 
-    Attributes:
-        summary: What the list of all commands says of it.
-        extra: The extra of `pip install` that holds what it imports when it runs.
-    """
-
-    summary: ClassVar[str]
-    extra: ClassVar[str | None] = None
+    summary: ClassVar[str]  # what the list of all commands says of it
+    extra: ClassVar[str | None] = None  # of `pip install`: what it imports when it runs
 
     def run(self) -> int:
         """Do it, and return the exit status."""

@@ -29,14 +29,7 @@ COMMANDS: Mapping[str, type[Command]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand.
-
-    Args:
-        argv: The subcommand and its arguments; by default the command line's.
-
-    Returns:
-        The exit status: the subcommand's, or 2 on an error, 130 when interrupted.
-    """
+    """Run a subcommand: return its exit status, or 2 on an error, 130 when interrupted."""
     parser = argparse.ArgumentParser(
         prog="layerskip-vllm", description="LayerSkip self-speculative decoding for vLLM."
     )

@@ -44,12 +44,9 @@ class EngineProcess:
     ) -> None:
         """Prepare the process; it starts with its first job.
 
-        Args:
-            name: What messages call it.
-            log_path: File for its output, overwritten whenever it starts.
-            env: Its whole environment; this process's when None.
-            cwd: Its folder, from which it imports too; this process's when None.
-            timeout_s: Seconds that a job may take; None for as long as it likes.
+        `log_path` is overwritten whenever it starts; `cwd` is what it imports from, too. Where
+        `env`, its whole environment, or `cwd` is None, it is this process's; without `timeout_s` a
+        job may take as long as it likes.
         """
         self.name = name
         self.log_path = log_path
@@ -83,11 +80,7 @@ class EngineProcess:
         self.stop(grace_s=30 if error is None else 0)
 
     def stop(self, grace_s: float = 0) -> None:
-        """End the child and drop the jobs that wait.
-
-        Args:
-            grace_s: Seconds for the job that runs, and for the child to end by itself.
-        """
+        """End the child after `grace_s` for its job and its own end; drop the jobs that wait."""
         self._queue.shutdown(wait=False, cancel_futures=True)
         self._end(None, grace_s)
 

@@ -42,13 +42,8 @@ def spread_evenly(num_places: int, num_chosen: int) -> list[int]:
 def cut_prompts(documents: Sequence[str], num_prompts: int, num_prompt_tokens: int) -> list[str]:
     """Cut texts into prompts, from places spread evenly over all of them.
 
-    Args:
-        documents: The texts.
-        num_prompts: How many prompts; a ValueError says that there is too little text.
-        num_prompt_tokens: Their length; the engine cuts them to it, these are somewhat longer.
-
-    Returns:
-        The prompts.
+    They are somewhat longer than `num_prompt_tokens`, to which the engine cuts them. A ValueError
+    says that there is too little text.
     """
     length = num_prompt_tokens * _CHARACTERS_PER_TOKEN
     pieces = [
@@ -86,18 +81,10 @@ def held_out_prompts(
 
     A prompt ends with a function's header, or with its docstring where it has one: a completion is
     the function's body. It ends before the line break, since a tokenizer joins that and the next
-    line's indentation into one token. The functions are spread evenly over the files.
-
-    Args:
-        num_prompts: How many to return.
-        max_prompt_chars: Limit of a prompt's length; it starts at the first whole line within.
-        root: Folder to read; the running interpreter's standard library when None.
-
-    Returns:
-        `num_prompts` prompts, in the order of the files' paths.
-
-    Raises:
-        ValueError: `num_prompts` is not positive, or the held-out files have fewer places to cut.
+    line's indentation into one token, and starts at the first whole line of the last
+    `max_prompt_chars`. The functions are spread evenly over the files, in the order of their paths.
+    A ValueError says that the files, the running interpreter's where `root` is None, have fewer
+    places to cut.
     """
     if num_prompts < 1:
         raise ValueError(f"num_prompts must be at least 1, got {num_prompts}.")

@@ -10,18 +10,15 @@ from __future__ import annotations
 def cost_of_round(draft_share: float, num_speculative_tokens: float) -> float:
     """Return what one draft and its verification read, in steps of the target.
 
-    That is K draft steps and one step of the target: K * draft_share + 1.
+    That is K draft steps and one step of the target, K * draft_share + 1; a plain step costs 1.
 
     Args:
-        draft_share: What a draft step reads, the first E layers and the head, as a share of what a
-            step of the target reads: all layers and the head.
-        num_speculative_tokens: K, the tokens in a draft; their mean where drafts differ.
+        draft_share: What a draft step reads, layers [0, E) and the head, as a share of what a step
+            of the target reads: all layers and the head. In (0, 1], else a ValueError.
+        num_speculative_tokens: K, at least 1; the mean where drafts differ.
 
     Returns:
-        The cost; a plain step costs 1.
-
-    Raises:
-        ValueError: If `draft_share` is not in (0, 1], or `num_speculative_tokens` is below 1.
+        The cost.
     """
     if not 0 < draft_share <= 1:
         raise ValueError(f"draft_share is {draft_share}; it must be above 0 and at most 1.")
@@ -35,21 +32,11 @@ def cost_of_round(draft_share: float, num_speculative_tokens: float) -> float:
 def bound_speedup(draft_share: float, num_speculative_tokens: float, accepted: float) -> float:
     """Return how many times faster than plain decoding the weights read allow.
 
-    A verification yields the accepted tokens and one of the target's own, so the bound is
-    (accepted + 1) / (K * draft_share + 1). It holds where reading weights is what a step costs:
-    batch 1, nearly. In larger batches a plain step shares one reading between its requests too, so
-    the bound stays what it is, and compute, which verifying multiplies by K + 1, comes on top.
-
-    Args:
-        draft_share: As for `cost_of_round`.
-        num_speculative_tokens: K, as for `cost_of_round`.
-        accepted: The mean number of tokens accepted of a draft, 0 to K.
-
-    Returns:
-        The bound, in times plain decoding.
-
-    Raises:
-        ValueError: If a draft cannot have that many accepted, or another number is out of range.
+    A verification yields the accepted tokens, on average `accepted` of a draft's K, and one of the
+    target's own, so the bound is (accepted + 1) / (K * draft_share + 1), with draft_share and K as
+    for `cost_of_round`. It holds where reading weights is what a step costs: batch 1, nearly. In
+    larger batches a plain step shares one reading between its requests too, so the bound stays what
+    it is, and compute, which verifying multiplies by K + 1, comes on top.
     """
     cost = cost_of_round(draft_share, num_speculative_tokens)
     if not 0 <= accepted <= num_speculative_tokens:

@@ -39,15 +39,10 @@ _EXCLUDED_FILES = re.compile(
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of the corpus.
+    """One file of the corpus."""
 
-    Attributes:
-        path: Its path relative to the standard library's folder, with `/` on every platform.
-        text: Its source, with Unix line ends.
-    """
-
-    path: str
-    text: str
+    path: str  # relative to the standard library's folder, with `/` on every platform
+    text: str  # with Unix line ends
 
 
 def stdlib_root() -> Path:

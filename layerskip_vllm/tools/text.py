@@ -17,18 +17,12 @@ STDLIB = "stdlib"
 
 
 def read_documents(data: Sequence[str]) -> list[str]:
-    """Read texts.
+    """Read the texts of files and folders, in the order given; those that are empty are left out.
 
-    Args:
-        data: Files and folders. A `.jsonl` file holds an object with a `text` a line, any other is
-            one text in UTF-8; of a folder all files count but hidden ones. `stdlib` is the part of
-            Python's standard library that the embedded checkpoint was not trained on.
-
-    Returns:
-        The texts that are not empty, in the order given, those of a folder in the order of paths.
-
-    Raises:
-        ValueError: If something is not there, cannot be read as text or holds none.
+    A `.jsonl` file holds an object with a `text` a line, any other is one text in UTF-8; of a
+    folder all files count but hidden ones, by their paths. `stdlib` is the part of Python's
+    standard library that the embedded checkpoint was not trained on. A ValueError says that
+    something is not there, cannot be read as text or holds none.
     """
     documents = []
     for name in data:
@@ -88,14 +82,11 @@ def _read_line(where: str, line: str) -> str:
 class HeldOutText:
     """Texts as one row of tokens.
 
-    Attributes:
-        token_ids: `[num_tokens] int64`, an end-of-text token after each text if there is one.
-        prefix: The token that the tokenizer begins a text with, or nothing. Every sequence and
-            prompt cut from the middle of a text begins with it too.
+    Every sequence and prompt that is cut from the middle of a text begins with `prefix` too.
     """
 
-    token_ids: torch.Tensor
-    prefix: list[int]
+    token_ids: torch.Tensor  # [num_tokens] int64; an end-of-text token after each text, if any
+    prefix: list[int]  # the token that the tokenizer begins a text with, or nothing
 
     def cut_sequences(self, seq_len: int, max_tokens: int) -> torch.Tensor:
         """Cut sequences that do not overlap, spread evenly over the text.
@@ -120,18 +111,7 @@ class HeldOutText:
         return self._spread(sequences, max(1, max_tokens // seq_len))
 
     def cut_prompts(self, num_prompts: int, num_prompt_tokens: int) -> list[list[int]]:
-        """Cut prompts that do not overlap, spread evenly over the text.
-
-        Args:
-            num_prompts: How many.
-            num_prompt_tokens: Tokens of each.
-
-        Returns:
-            Token ids of each prompt.
-
-        Raises:
-            ValueError: If the text is too short for so many.
-        """
+        """Cut prompts that do not overlap, spread evenly; a ValueError if the text is too short."""
         length = max(1, num_prompt_tokens - len(self.prefix))
         if (num_available := len(self.token_ids) // length) < num_prompts:
             raise ValueError(

@@ -6,10 +6,7 @@ from collections.abc import Sequence
 
 
 def first_difference(left: Sequence[int], right: Sequence[int]) -> int:
-    """Return how many tokens two completions begin with in common: where they differ first.
-
-    Where nothing differs, it is the length of the shorter one.
-    """
+    """Return where two completions differ first; the shorter one's length where nothing differs."""
     pairs = zip(left, right, strict=False)
     differences = (at for at, (here, there) in enumerate(pairs) if here != there)
     return next(differences, min(len(left), len(right)))

@@ -171,13 +171,7 @@ def examine_devices(report: DoctorReport) -> None:
 
 
 def examine_checkpoint(report: DoctorReport, model: str, given: dict[str, int]) -> None:
-    """Have vLLM configure an engine with layerskip for `model`; report its choices or refusal.
-
-    Args:
-        report: Written: `checkpoint`, and `problems` on a refusal.
-        model: A checkpoint's folder or its name on the hub.
-        given: The user's `exit_layer` and `num_speculative_tokens`, where given.
-    """
+    """Have vLLM configure an engine with layerskip for `model`; report its choices or refusal."""
     report.checkpoint["model"] = model
     if report.problems:
         report.checkpoint["draft"] = "not tried: see the problems"

@@ -8,23 +8,14 @@ from typing import Any
 
 @dataclass
 class DoctorReport:
-    """All that the doctor found; `problems` decides the exit status.
+    """All that the doctor found; `problems` decides the exit status."""
 
-    Attributes:
-        versions: Versions by package; None where a package is missing.
-        plugin: How vLLM finds this plugin.
-        hooks: A row for each hook, with `target`, `why`, `state` and `problems`.
-        devices: The machine's CPU and CUDA devices, and the model runner that vLLM would use.
-        checkpoint: What layerskip would do with the checkpoint that was named.
-        problems: What keeps layerskip from working, one sentence or more each.
-    """
-
-    versions: dict[str, str | None] = field(default_factory=dict)
+    versions: dict[str, str | None] = field(default_factory=dict)  # None if missing
     plugin: dict[str, str] = field(default_factory=dict)
-    hooks: list[dict[str, Any]] = field(default_factory=list)
+    hooks: list[dict[str, Any]] = field(default_factory=list)  # target, why, state, problems
     devices: dict[str, Any] = field(default_factory=dict)
     checkpoint: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # a sentence or more each
 
 
 def format_report(report: DoctorReport) -> str:

@@ -15,39 +15,23 @@ from layerskip_vllm.training.exit_evaluation import Acceptance
 
 @dataclass(frozen=True)
 class Draft:
-    """Drafts of one length from one exit.
+    """Drafts of one length from one exit."""
 
-    Attributes:
-        exit_layer: E, the number of layers that draft.
-        num_speculative_tokens: K, the tokens in a draft.
-        acceptance: What became of them.
-        speedup: The most that the bytes read allow, in times plain decoding.
-    """
-
-    exit_layer: int
-    num_speculative_tokens: int
+    exit_layer: int  # E
+    num_speculative_tokens: int  # K
     acceptance: Acceptance
-    speedup: float
+    speedup: float  # the most that the bytes read allow, in times plain decoding
 
 
 @dataclass(frozen=True)
 class Exit:
-    """One layer's exit.
+    """One layer's exit."""
 
-    Attributes:
-        exit_layer: E, the number of layers before it.
-        loss: Held-out cross-entropy in nats per token.
-        agreement: Share of held-out places where it chooses the last layer's token.
-        draft_share: What a draft step reads, first E layers and head, as a share of all layers and
-            the head.
-        drafts: By K, from 1 up; none for the last layer.
-    """
-
-    exit_layer: int
-    loss: float
-    agreement: float
-    draft_share: float
-    drafts: tuple[Draft, ...]
+    exit_layer: int  # E
+    loss: float  # held-out cross-entropy in nats per token
+    agreement: float  # share of held-out places where it chooses the last layer's token
+    draft_share: float  # bytes of layers [0, E) and the head, as a share of all layers and the head
+    drafts: tuple[Draft, ...]  # by K, from 1 up; none for the last layer
 
     @property
     def perplexity(self) -> float:
@@ -62,23 +46,14 @@ class Exit:
 
 @dataclass(frozen=True)
 class ExitReport:
-    """Every exit of a model.
+    """Every exit of a model."""
 
-    Attributes:
-        model: The model's path or name.
-        setting: What it was measured with and on.
-        num_held_out_tokens: Places that losses and agreements are measured over.
-        num_completion_tokens: Tokens of the completions that drafts are measured over.
-        head_share: The head's part of what a whole step reads.
-        exits: First layer to last.
-    """
-
-    model: str
-    setting: Mapping[str, Any]
-    num_held_out_tokens: int
-    num_completion_tokens: int
-    head_share: float
-    exits: tuple[Exit, ...]
+    model: str  # path or name
+    setting: Mapping[str, Any]  # what it was measured with and on
+    num_held_out_tokens: int  # places that losses and agreements are measured over
+    num_completion_tokens: int  # that drafts are measured over
+    head_share: float  # the head's part of what a whole step reads
+    exits: tuple[Exit, ...]  # first layer to last
 
     @property
     def best(self) -> Draft:

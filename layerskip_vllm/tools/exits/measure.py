@@ -24,19 +24,10 @@ from layerskip_vllm.training.exit_evaluation import (
 
 
 def load_decoder(model: str, device: str | None, dtype: str) -> tuple[Any, Any]:
-    """Load a Hugging Face model and its tokenizer.
+    """Load a Hugging Face model, in eval mode, and its tokenizer.
 
-    Args:
-        model: A folder or a name.
-        device: Where to, such as `cpu` or `cuda:1`; by default a GPU if there is one.
-        dtype: `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own.
-
-    Returns:
-        The model, in eval mode, and its tokenizer.
-
-    Raises:
-        ValueError: If there is no such device, or transformers cannot load a causal language model
-            and a tokenizer from there.
+    By default to a GPU if there is one; `dtype` may be `auto`, the checkpoint's own. A ValueError
+    says that there is no such device, or that transformers cannot load the two from there.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -64,22 +55,11 @@ def measure_exits(
     setting: Mapping[str, Any],
     track: Callable[[str, int], Callable[[int], None]] = lambda _what, _total: lambda _num: None,
 ) -> ExitReport:
-    """Measure all exits of a model.
+    """Measure all exits of a Hugging Face causal language model on `text`, which it has not seen.
 
-    Args:
-        model: A Hugging Face causal language model.
-        text: What it has not seen.
-        eos_token_ids: The tokens that end a text.
-        config: How much is measured.
-        setting: What the report is to say of the run.
-        track: Called with the name of a piece of work and the number of its steps; gives a
-            function to call with the number of steps whenever some are done.
-
-    Returns:
-        The exits, first layer to last.
-
-    Raises:
-        ValueError: If the model or the text does not fit.
+    The report says `setting` of the run. `track` is called with the name of a piece of work and the
+    number of its steps, and gives a function to call with the number of steps whenever some are
+    done. A ValueError says that the model or the text does not fit.
     """
     draft_shares = read_draft_shares(model)
     num_layers = len(draft_shares) - 1
@@ -129,17 +109,10 @@ def play_drafts(
     draft_share: float,
     max_num_speculative_tokens: int,
 ) -> tuple[Draft, ...]:
-    """Play self-speculative decoding from one exit for every K.
+    """Play self-speculative decoding from one exit for every K, from 1 up.
 
-    Args:
-        exit_layer: E.
-        matches: For each prompt `[num_new_tokens] bool`, whether the exit would have drafted the
-            token.
-        draft_share: What a draft step reads, as a share of a step of the target.
-        max_num_speculative_tokens: K goes from 1 to this.
-
-    Returns:
-        What became of the drafts, by K from 1 up.
+    `matches` is for each prompt `[num_new_tokens] bool`, whether the exit would have drafted the
+    token; `draft_share` what a draft step reads, as a share of a step of the target.
     """
     drafts = []
     for num in range(1, max_num_speculative_tokens + 1):
@@ -151,17 +124,10 @@ def play_drafts(
 
 
 def read_draft_shares(model: nn.Module) -> list[float]:
-    """Add up the weights that a draft step reads.
+    """Return which share of a whole step a draft step reads, for E from 0, the head alone, to L.
 
     Of an embedding a step reads single rows, and of the final norm next to nothing: neither counts,
     but an embedding that is the head does. All experts of a mixture count.
-
-    Args:
-        model: A Hugging Face causal language model.
-
-    Returns:
-        For E from 0, the head alone, to L, which is 1: the bytes of the first E layers and the
-        head, as a share of those of all layers and the head.
     """
     parts = find_decoder_parts(model)
     reads = [_num_bytes(parts.head)]

@@ -12,17 +12,10 @@ class StreamError(RuntimeError):
 
 
 async def read_events(lines: AsyncIterable[bytes]) -> AsyncIterator[dict[str, Any]]:
-    """Read an event stream up to its `[DONE]`.
+    """Yield the JSON objects of an event stream's lines up to its `[DONE]`.
 
-    Args:
-        lines: The stream's lines, with or without their line breaks.
-
-    Yields:
-        The JSON object of each event.
-
-    Raises:
-        StreamError: If a line is no `data:` line, no JSON object, or the server's error message, or
-            the stream ends before it is done.
+    A StreamError says that a line is no `data:` line, no JSON object or the server's error message,
+    or that the stream ends before it is done.
     """
     async for line in lines:
         text = line.decode().strip()

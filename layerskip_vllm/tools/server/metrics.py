@@ -26,31 +26,16 @@ _KV_CACHE_USAGE = "vllm:kv_cache_usage_perc"
 
 @dataclass(frozen=True)
 class SpecDecodeCounters:
-    """How much was drafted and accepted, summed over engines; vLLM's names, without its prefix.
+    """How much was drafted and accepted, summed over engines; vLLM's names, without its prefix."""
 
-    Attributes:
-        num_drafts: How often a request was given a draft.
-        num_draft_tokens: Tokens drafted.
-        num_accepted_tokens: Tokens drafted and accepted.
-        num_accepted_tokens_per_pos: The accepted ones by their position in the draft, first at 0.
-    """
-
-    num_drafts: int = 0
+    num_drafts: int = 0  # how often a request was given a draft
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
-    num_accepted_tokens_per_pos: tuple[int, ...] = ()
+    num_accepted_tokens_per_pos: tuple[int, ...] = ()  # the first position at 0
 
     @classmethod
     def read(cls, metrics: Iterable[Metric], engine: int | None = None) -> Self:
-        """Read the counters; all are 0 where nothing drafts.
-
-        Args:
-            metrics: What a registry holds, or a server's `/metrics`, parsed.
-            engine: The engine to count for; all of them together by default.
-
-        Returns:
-            What was counted since the engines were started.
-        """
+        """Read what all engines or one counted since their start; 0 where nothing drafts."""
         counts: dict[str, int] = {}
         by_position: dict[int, int] = {}
         for sample in (sample for metric in metrics for sample in metric.samples):
@@ -101,23 +86,14 @@ class SpecDecodeCounters:
 
 
 class LayerSkipInfo(BaseModel, frozen=True):
-    """What a server drafts with, the labels of its gauge `vllm:layerskip_info`.
+    """What a server drafts with, the labels of its gauge `vllm:layerskip_info`."""
 
-    Attributes:
-        exit_layer: E.
-        exit_layer_source: Where E comes from.
-        num_speculative_tokens: K.
-        num_speculative_tokens_source: Where K comes from.
-        num_layers: All of the target's layers.
-        exit_adapter: The exit adapter's folder; empty without one.
-    """
-
-    exit_layer: int
+    exit_layer: int  # E
     exit_layer_source: str
-    num_speculative_tokens: int
+    num_speculative_tokens: int  # K
     num_speculative_tokens_source: str
-    num_layers: int
-    exit_adapter: str
+    num_layers: int  # all of the target's
+    exit_adapter: str  # its folder; empty without one
 
     @classmethod
     def read(cls, metrics: Iterable[Metric]) -> Self | None:
@@ -129,19 +105,12 @@ class LayerSkipInfo(BaseModel, frozen=True):
 
 @dataclass(frozen=True)
 class Sample:
-    """A server's metrics at one time, summed over its engines.
+    """A server's metrics at one time, summed over its engines."""
 
-    Attributes:
-        time_s: When they were read, by a monotonic clock.
-        values: Each metric by its name without labels; of a histogram its sum and its count.
-        drafting: The counters of speculative decoding.
-        info: What it drafts with, where it says so.
-    """
-
-    time_s: float
-    values: Mapping[str, float]
+    time_s: float  # when they were read, by a monotonic clock
+    values: Mapping[str, float]  # by name without labels; of a histogram sum and count
     drafting: SpecDecodeCounters
-    info: LayerSkipInfo | None = None
+    info: LayerSkipInfo | None = None  # what it drafts with, where it says so
 
     @property
     def num_running(self) -> int:
@@ -161,37 +130,21 @@ class Sample:
 
 @dataclass(frozen=True)
 class Interval:
-    """What a server did between two samples.
-
-    Attributes:
-        seconds: How long it lasted.
-        tokens_per_s: Output tokens of all requests a second.
-        time_to_first_token_s: Mean of the requests whose first token came in it; None if none did.
-        inter_token_latency_s: Mean time between a request's outputs; None if there were none.
-        drafting: What was drafted and accepted in it; None if nothing was drafted.
-        end: The sample at its end.
-    """
+    """What a server did between two samples."""
 
     seconds: float
-    tokens_per_s: float
-    time_to_first_token_s: float | None
-    inter_token_latency_s: float | None
-    drafting: SpecDecodeCounters | None
+    tokens_per_s: float  # output tokens of all requests
+    time_to_first_token_s: float | None  # the mean; None if no request's first token came in it
+    inter_token_latency_s: float | None  # the mean; None if there were no outputs
+    drafting: SpecDecodeCounters | None  # None if nothing was drafted
     end: Sample
 
 
 def read_sample(url: str) -> Sample:
-    """Read a server's metrics.
+    """Read the metrics of the server at an address such as `http://127.0.0.1:8000`.
 
-    Args:
-        url: The server's address, such as `http://127.0.0.1:8000`.
-
-    Returns:
-        The sample.
-
-    Raises:
-        ValueError: The address is no HTTP address, or the server does no speculative decoding.
-        OSError: The server does not answer, or is not ready.
+    A ValueError says that this is no HTTP address, or that the server does no speculative decoding;
+    an OSError that it does not answer, or is not ready.
     """
     check_url(url)
     page = url.rstrip("/").removesuffix("/metrics") + "/metrics"

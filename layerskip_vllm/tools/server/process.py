@@ -17,7 +17,6 @@ import time
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 HOST = "127.0.0.1"
@@ -39,17 +38,7 @@ def find_free_port() -> int:
 
 
 class Server:
-    """A server process on a port of its own; use it in a `with` block, which waits until it is up.
-
-    Attributes:
-        name: What messages call it.
-        port: Where it listens, known once it is up.
-        log_path: Where its output goes.
-    """
-
-    name: str
-    port: int
-    log_path: Path
+    """A server on a port of its own; use it in a `with` block, which waits until it is up."""
 
     def __init__(
         self,
@@ -69,7 +58,7 @@ class Server:
             start_timeout_s: Seconds in which `GET /health` has to succeed.
         """
         self.name = name
-        self.port = 0
+        self.port = 0  # until it is started
         self.log_path = log_path
         self._command = list(command)
         self._env = env
@@ -93,14 +82,7 @@ class Server:
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     def __enter__(self) -> Self:
-        """Start the server and wait until it answers.
-
-        Returns:
-            The server itself.
-
-        Raises:
-            ServerError: If it ends or is not up in time; the message has the end of its log.
-        """
+        """Start the server and wait until it answers; a ServerError has the end of its log."""
         try:
             self.start()
             self.wait_until_up()
@@ -109,12 +91,7 @@ class Server:
             self.stop()
             raise
 
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End the server and all of its processes."""
         self.stop()
 
@@ -138,8 +115,7 @@ class Server:
     def wait_until_up(self) -> None:
         """Wait until the started server answers; start it again if its port was taken meanwhile.
 
-        Raises:
-            ServerError: If it ends or is not up in time; the message has the end of its log.
+        A ServerError says that it has ended or is not up in time, with the end of its log.
         """
         num_attempts = 1
         while not self._is_up():
@@ -149,31 +125,32 @@ class Server:
             num_attempts += 1
 
     def check_alive(self) -> None:
-        """Do nothing while the server runs.
-
-        Raises:
-            ServerError: If it has ended; the message has the end of its log.
-        """
+        """Raise a ServerError with the end of its log if the server has ended."""
         if self._process is None or self._process.poll() is not None:
             raise ServerError(self._describe_failure("has ended"))
 
-    def fetch(self, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> str:
-        """GET a path, or POST JSON to it.
+    def fetch(
+        self,
+        path: str,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = 120,
+    ) -> str:
+        """GET a path such as `/metrics`, or POST a body to it as JSON; return the answer's body.
 
-        Args:
-            path: Path on the server, such as `/metrics`.
-            body: What is sent as JSON; None for a GET.
-            headers: More headers.
-
-        Returns:
-            The answer's body.
-
-        Raises:
-            ServerError: If the server is gone.
-            urllib.error.HTTPError: If the status is no success.
+        Raise a ServerError if the server is gone, a `urllib.error.HTTPError` if it refuses.
         """
         self.check_alive()
-        return self._request(path, body, headers, timeout_s=120)
+        request = urllib.request.Request(
+            self.url + path,
+            None if body is None else json.dumps(body).encode(),
+            {"Content-Type": "application/json", **(headers or {})},
+        )
+        # No proxy of the environment's for this machine itself.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=timeout_s) as response:
+            text: bytes = response.read()
+            return text.decode()
 
     def wait(self, timeout_s: float) -> None:
         """Wait for it to end by itself; its exit status is vLLM's affair, 0 after a dead engine."""
@@ -206,30 +183,11 @@ class Server:
         while time.monotonic() < deadline_s:
             if self._process.poll() is not None:
                 return False
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                self._request("/health", timeout_s=5)
+            with contextlib.suppress(OSError, http.client.HTTPException, ServerError):
+                self.fetch("/health", timeout_s=5)
                 return True
             time.sleep(_POLL_INTERVAL_S)
         raise ServerError(self._describe_failure(f"was not up in {self._start_timeout_s:.0f} s"))
-
-    def _request(
-        self,
-        path: str,
-        body: Any = None,
-        headers: Mapping[str, str] | None = None,
-        *,
-        timeout_s: float,
-    ) -> str:
-        request = urllib.request.Request(
-            self.url + path,
-            None if body is None else json.dumps(body).encode(),
-            {"Content-Type": "application/json", **(headers or {})},
-        )
-        # No proxy of the environment's for this machine itself.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=timeout_s) as response:
-            text: bytes = response.read()
-            return text.decode()
 
     def _is_group_alive(self) -> bool:
         assert self._process is not None

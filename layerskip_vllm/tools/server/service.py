@@ -18,23 +18,14 @@ _TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class Service:
-    """A server that is up.
-
-    Attributes:
-        url: Its address.
-        model: The name of its model.
-        max_model_len: Most tokens of a prompt and its completion together.
-        num_speculative_tokens: K if it drafts with layerskip, None if it does not.
-        pieces: The built-in prompts as the server's tokens.
-        is_chat: Whether it answers chats; it has no chat template otherwise.
-    """
+    """A server that is up."""
 
     url: str
     model: str
     max_model_len: int
-    num_speculative_tokens: int | None
-    pieces: tuple[tuple[int, ...], ...]
-    is_chat: bool
+    num_speculative_tokens: int | None  # K if it drafts with layerskip, else None
+    pieces: tuple[tuple[int, ...], ...]  # the built-in prompts as its tokens
+    is_chat: bool  # it has no chat template otherwise
 
 
 async def open_session(url: str, timeout_s: float) -> aiohttp.ClientSession:
@@ -54,15 +45,8 @@ async def open_session(url: str, timeout_s: float) -> aiohttp.ClientSession:
 async def inspect(url: str) -> Service:
     """Ask a server what it is.
 
-    Args:
-        url: The server's address.
-
-    Returns:
-        What it says.
-
-    Raises:
-        ValueError: If it is no vLLM server, or does not answer as one.
-        aiohttp.ClientError: If there is no server.
+    A ValueError says that it is no vLLM server, or does not answer as one; an `aiohttp.ClientError`
+    that there is none.
     """
     async with await open_session(url, _TIMEOUT_S) as session:
         status, models = await _fetch(session, "v1/models")

@@ -14,17 +14,11 @@ from layerskip_vllm.tools.soak.tally import Tally
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that must hold.
-
-    Attributes:
-        name: What it is.
-        is_passed: Whether it holds.
-        detail: What was seen.
-    """
+    """One thing that must hold."""
 
     name: str
     is_passed: bool
-    detail: str
+    detail: str  # what was seen
 
 
 def check_all(
@@ -34,18 +28,7 @@ def check_all(
     is_healthy: bool,
     max_growth_mib: float,
 ) -> list[Check]:
-    """Check a run.
-
-    Args:
-        tally: Its requests.
-        looks: The looks at the server, the last of them after all traffic.
-        is_idle: Whether the server had nothing left in the end.
-        is_healthy: Whether it said that it is well.
-        max_growth_mib: Most MiB by which a warm server may grow.
-
-    Returns:
-        The checks; that of memory is left out where it was not looked at.
-    """
+    """Check a run, whose last look is after all traffic; memory only where it was looked at."""
     checks = [
         _check_requests(tally),
         Check("server is healthy", is_healthy, "/health answers 200" if is_healthy else "no 200"),

@@ -34,23 +34,14 @@ class Fault(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a request.
-
-    Attributes:
-        request: The request.
-        end: How it ended.
-        seconds: How long it took.
-        reason: What the server did wrong; empty if it did not.
-        num_tokens: Tokens that came.
-        num_compared: Those of them that were compared with plain vLLM's.
-    """
+    """What became of a request."""
 
     request: Request
     end: End
     seconds: float
-    reason: str = ""
+    reason: str = ""  # what the server did wrong; empty if it did not
     num_tokens: int = 0
-    num_compared: int = 0
+    num_compared: int = 0  # of the tokens, those that were compared with plain vLLM's
 
 
 @dataclass

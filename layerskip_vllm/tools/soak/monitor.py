@@ -17,17 +17,11 @@ _MIN_SAMPLES = 12
 
 @dataclass(frozen=True)
 class Look:
-    """A server at one time.
+    """A server at one time."""
 
-    Attributes:
-        seconds: Since the first look.
-        sample: Its metrics.
-        memory_mib: Resident memory of its processes, None if they are not to be looked at.
-    """
-
-    seconds: float
+    seconds: float  # since the first look
     sample: Sample
-    memory_mib: float | None
+    memory_mib: float | None  # resident, of all its processes; None if they are not looked at
 
     @property
     def load(self) -> tuple[int, int, float]:
@@ -84,16 +78,10 @@ def read_memory_mib(pid: int) -> float:
 
 
 def measure_growth_mib(looks: Sequence[Look]) -> float | None:
-    """Measure by how much memory has grown once the server was warm.
+    """Measure by how much memory has grown once the server was warm; None with too few looks.
 
     The first half of a run is its warm-up: caches fill, and allocators keep what they were given.
     Of the second half, the median of its last third is compared with that of its first third.
-
-    Args:
-        looks: The looks at the server, in order.
-
-    Returns:
-        The growth in MiB, negative if memory has shrunk; None if there are too few looks.
     """
     memory = [look.memory_mib for look in looks if look.memory_mib is not None]
     if len(memory) < _MIN_SAMPLES:

@@ -17,12 +17,7 @@ _MAX_TOKENS = 48
 
 @dataclass(frozen=True)
 class Answer:
-    """A completion of one prompt.
-
-    Attributes:
-        token_ids: Its tokens.
-        finish_reason: Why it ended, in vLLM's words.
-    """
+    """A completion of one prompt."""
 
     token_ids: tuple[int, ...]
     finish_reason: str
@@ -30,17 +25,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Question:
-    """A greedy request.
+    """A greedy request."""
 
-    Attributes:
-        kind: What is particular about it.
-        body: The body for `/v1/completions`, without the model.
-        answer: What plain vLLM answers; None if nobody asked it.
-    """
-
-    kind: str
-    body: Mapping[str, Any]
-    answer: Answer | None = None
+    kind: str  # what is particular about it
+    body: Mapping[str, Any]  # for `/v1/completions`, without the model
+    answer: Answer | None = None  # plain vLLM's; None if nobody asked it
 
 
 def make_questions(service: Service, num_questions: int, seed: int) -> list[Question]:

@@ -23,20 +23,10 @@ async def ask_plain(
     concurrency: int,
     on_answer: Callable[[], None],
 ) -> list[Question]:
-    """Ask a plain server all questions.
+    """Ask a plain server all questions, `concurrency` at once, and return them with its answers.
 
-    Args:
-        service: The server.
-        questions: The questions.
-        concurrency: How many are asked at once.
-        on_answer: Called after each.
-
-    Returns:
-        The questions with its answers.
-
-    Raises:
-        ValueError: If the server drafts with layerskip, or refuses a question.
-        aiohttp.ClientError: If it is gone.
+    A ValueError says that the server drafts with layerskip or refuses a question, an
+    `aiohttp.ClientError` that it is gone.
     """
     if service.num_speculative_tokens is not None:
         raise ValueError(
@@ -77,18 +67,9 @@ def write_reference(path: Path, service: Service, questions: Sequence[Question])
 
 
 def read_reference(path: Path, service: Service) -> list[Question]:
-    """Read questions and answers from a file of `write_reference`'s.
+    """Read questions and answers to compare a server's with from a file of `write_reference`'s.
 
-    Args:
-        path: The file.
-        service: The server that they are to be compared with.
-
-    Returns:
-        The questions with their answers.
-
-    Raises:
-        ValueError: If the file is none of `write_reference`'s, or was written for another context.
-        OSError: If it cannot be read.
+    A ValueError says that it is no such file, or was written for another context.
     """
     try:
         content = json.loads(path.read_text())

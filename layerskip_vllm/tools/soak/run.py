@@ -27,25 +27,15 @@ _PAUSE_S = 1.0
 
 @dataclass
 class Soak:
-    """A run, and what it found.
-
-    Attributes:
-        config: What was asked for.
-        service: The server.
-        tally: The requests.
-        looks: The looks at the server, the first before and the last after all traffic.
-        checks: What was checked at the end.
-        seconds: How long requests were sent.
-        is_interrupted: Whether the user stopped it early.
-    """
+    """A run, and what it found."""
 
     config: SoakConfig
     service: Service
     tally: Tally = field(default_factory=Tally)
-    looks: list[Look] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)  # first before, last after all traffic
     checks: list[Check] = field(default_factory=list)
-    seconds: float = 0.0
-    is_interrupted: bool = False
+    seconds: float = 0.0  # how long requests were sent
+    is_interrupted: bool = False  # by the user
 
     @property
     def is_passed(self) -> bool:
@@ -59,21 +49,10 @@ async def run_soak(
     questions: Sequence[Question],
     on_progress: Callable[[Soak], None],
 ) -> Soak:
-    """Send traffic, wait for the server to be idle, and check.
+    """Send traffic, wait for the server to be idle, and check; `on_progress` follows each request.
 
-    Args:
-        config: What the user asks for.
-        service: The server.
-        questions: What is asked greedily, with plain vLLM's answers where they are known.
-        on_progress: Called after each request with the run so far.
-
-    Returns:
-        The run.
-
-    Raises:
-        ValueError: If the server has no metrics of speculative decoding.
-        OSError: If there is no process of the number given.
-        aiohttp.ClientError: If the server is gone before any traffic.
+    A ValueError says that the server has no metrics of speculative decoding, an OSError that there
+    is no process `config.pid`, an `aiohttp.ClientError` that the server is gone before any traffic.
     """
     soak = Soak(config, service)
     traffic = Traffic(service, questions, config.seed, config.kinds)

@@ -10,20 +10,12 @@ from layerskip_vllm.tools.soak.client import End, Outcome
 
 @dataclass
 class Row:
-    """Requests of one kind.
+    """Requests of one kind."""
 
-    Attributes:
-        num_sent: Requests begun.
-        ends: How many ended how.
-        num_tokens: Tokens that came.
-        num_compared: Those that were compared with plain vLLM's, and equal.
-        longest_s: Seconds of the slowest of them.
-    """
-
-    num_sent: int = 0
+    num_sent: int = 0  # begun
     ends: Counter[End] = field(default_factory=Counter)
     num_tokens: int = 0
-    num_compared: int = 0
+    num_compared: int = 0  # tokens compared with plain vLLM's, and equal
     longest_s: float = 0.0
 
     @property
@@ -34,15 +26,10 @@ class Row:
 
 @dataclass
 class Tally:
-    """All requests of a run.
+    """All requests of a run."""
 
-    Attributes:
-        rows: The counts by kind.
-        faults: What went wrong, in order.
-    """
-
-    rows: dict[str, Row] = field(default_factory=dict)
-    faults: list[Outcome] = field(default_factory=list)
+    rows: dict[str, Row] = field(default_factory=dict)  # by kind
+    faults: list[Outcome] = field(default_factory=list)  # in order
 
     def begin(self, kind: str) -> None:
         """Count a request that is about to be sent."""

@@ -23,50 +23,29 @@ _SAMPLED_TOKENS = 32
 
 @dataclass(frozen=True)
 class Request:
-    """What is sent, and what must come back.
+    """What is sent, and what must come back."""
 
-    Attributes:
-        kind: Its row in the report.
-        detail: What is particular about it.
-        payload: The body.
-        path: Where it goes.
-        is_refused: Whether the server must refuse it with a 4xx status; it must answer otherwise.
-        question: What it asks, if the answer is compared with plain vLLM's.
-        num_choices: How many completions an answer has.
-        max_tokens: Most tokens of each of them.
-        is_stream: Whether it asks for a stream.
-        cancel_after_tokens: Tokens after which the client leaves a stream; None to read it all.
-        cancel_after_s: Seconds after which the client leaves; None to stay.
-    """
-
-    kind: str
-    detail: str
+    kind: str  # its row in the report
+    detail: str  # what is particular about it
     payload: bytes
     path: str = COMPLETIONS
-    is_refused: bool = False
-    question: Question | None = None
-    num_choices: int = 1
-    max_tokens: int = 0
+    is_refused: bool = False  # with a 4xx status; it must be answered otherwise
+    question: Question | None = None  # if the answer is compared with plain vLLM's
+    num_choices: int = 1  # completions in an answer
+    max_tokens: int = 0  # of each of them
     is_stream: bool = False
-    cancel_after_tokens: int | None = None
-    cancel_after_s: float | None = None
+    cancel_after_tokens: int | None = None  # when the client leaves a stream; None to read it all
+    cancel_after_s: float | None = None  # when the client leaves; None to stay
 
 
 @dataclass
 class Traffic:
-    """Draw requests without end.
-
-    Attributes:
-        service: The server that they are for.
-        questions: What is asked greedily.
-        seed: The same seed, server and questions give the same requests.
-        kinds: Which of `KINDS` come; all of them if empty.
-    """
+    """Draw requests without end; one seed, server and questions give the same ones."""
 
     service: Service
     questions: Sequence[Question]
     seed: int
-    kinds: Sequence[str] = ()
+    kinds: Sequence[str] = ()  # which of `KINDS` come; all of them if empty
     _rng: random.Random = field(init=False)
 
     def __post_init__(self) -> None:

@@ -26,36 +26,24 @@ _LARGE_LOGIT = 16
 class Divergence:
     """Where a greedy completion first differs from plain vLLM's.
 
-    Attributes:
-        prompt: The prompt's index.
-        position: The index of the token.
-        gap: How much less likely plain vLLM finds the other token than its own, in nats; if it is
-            not among the likeliest, the least that the gap can be.
+    The gap is how much less likely plain vLLM finds the other token than its own; where that is not
+    among the likeliest, the least that it can be.
     """
 
-    prompt: int
-    position: int
-    gap: float
+    prompt: int  # its index
+    position: int  # the token's
+    gap: float  # nats
 
 
 @dataclass(frozen=True)
 class EngineComparison:
-    """An engine against plain vLLM.
+    """An engine against plain vLLM; alike samples have neither p-value nor distance."""
 
-    Attributes:
-        divergences: Of the greedy completions.
-        noise: The largest difference between log probabilities of one token before a divergence.
-        p_value: Of the samples, corrected for all prompts and positions; None if a comparison was
-            not possible, as all samples were alike.
-        distance: The largest total variation distance between samples at one position; None too.
-        acceptance: The share of drafts that was accepted in the greedy completions.
-    """
-
-    divergences: tuple[Divergence, ...]
-    noise: float
-    p_value: float | None
-    distance: float | None
-    acceptance: float | None
+    divergences: tuple[Divergence, ...]  # of the greedy completions
+    noise: float  # the largest difference of a token's log probabilities before one
+    p_value: float | None  # corrected for all prompts and positions
+    distance: float | None  # the largest total variation distance at one position
+    acceptance: float | None  # share of drafts accepted in the greedy completions
 
     def lost(self, tolerance: float) -> list[Divergence]:
         """Return the divergences that are no ties."""
@@ -64,17 +52,11 @@ class EngineComparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the comparisons say.
+    """What the comparisons say."""
 
-    Attributes:
-        comparisons: By the name of the run.
-        tolerance: The largest gap that counts as a tie, in nats.
-        problems: What keeps the drafts from being lossless, or the check from seeing it.
-    """
-
-    comparisons: Mapping[str, EngineComparison]
-    tolerance: float
-    problems: tuple[str, ...]
+    comparisons: Mapping[str, EngineComparison]  # by the name of the run
+    tolerance: float  # the largest gap that counts as a tie, in nats
+    problems: tuple[str, ...]  # what keeps drafts from being lossless, or the check from seeing it
 
 
 def conclude(results: Mapping[str, EngineOutput]) -> Verdict:
@@ -90,16 +72,7 @@ def conclude(results: Mapping[str, EngineOutput]) -> Verdict:
 def compare_results(
     plain: EngineOutput, other: EngineOutput, plain_samples: Sequence[EngineOutput]
 ) -> EngineComparison:
-    """Compare an engine with plain vLLM.
-
-    Args:
-        plain: Whose greedy completions are the right ones.
-        other: The engine's.
-        plain_samples: Whose samples, taken together, are the right ones.
-
-    Returns:
-        The comparison.
-    """
+    """Compare an engine with plain vLLM: greedy completions, and samples with all of plain's."""
     divergences, noise = [], 0.0
     for prompt, (expected, found) in enumerate(zip(plain.greedy, other.greedy, strict=True)):
         end = first_difference(expected.token_ids, found.token_ids)
@@ -114,15 +87,11 @@ def compare_results(
 
 
 def find_tolerance(dtype: str, floor: EngineComparison) -> float:
-    """Find the largest gap between two tokens that rounding alone can turn around.
+    """Find the largest gap between two tokens, in nats, that rounding alone can turn around.
 
-    Args:
-        dtype: The model's.
-        floor: Plain vLLM against itself, in batches of other shapes.
-
-    Returns:
-        Nats: the gaps that the floor has turned around, twice its noise (one token may go up and
-        the other down), or what the dtype's own rounding makes, whichever is most.
+    That is the gaps that the floor, plain vLLM against itself in batches of other shapes, has
+    turned around, twice its noise (one token may go up and the other down), or what the dtype's own
+    rounding makes, whichever is most.
     """
     rounding = torch.finfo(getattr(torch, dtype)).eps * _LARGE_LOGIT
     gaps = [divergence.gap for divergence in floor.divergences]

@@ -22,19 +22,9 @@ def run_all(
     folder: Path,
     track: Callable[[str], None] = lambda name: None,
 ) -> dict[str, EngineOutput]:
-    """Run all engines.
+    """Run all engines, `track` called with the name of each; return what each gave, by its name.
 
-    Args:
-        config: What to run.
-        prompts: The prompts.
-        folder: Where logs go.
-        track: Called with the name of each run as it starts.
-
-    Returns:
-        What each engine gave, by its name in `RUNS`.
-
-    Raises:
-        ValueError: If an engine fails; the message holds the end of its log.
+    A ValueError says that an engine failed, with the end of its log, which is in `folder`.
     """
     results: dict[str, EngineOutput] = {}
     for seed, name in enumerate(RUNS):
@@ -51,17 +41,10 @@ def make_job(
     prompts: Sequence[str],
     drafted: EngineOutput | None = None,
 ) -> EngineJob:
-    """Say what an engine is to do.
+    """Say what the engine called `name` is to do.
 
-    Args:
-        name: One of `RUNS`.
-        seed: The engine's seed, which no two share: their samples are independent.
-        config: What to run.
-        prompts: The prompts.
-        drafted: What the run with drafts gave, which says how to leave verification out of them.
-
-    Returns:
-        The job.
+    No two share a seed: their samples are independent. What the run with drafts gave, `drafted`,
+    says how to leave verification out of them.
     """
     engine = {
         **config.engine,

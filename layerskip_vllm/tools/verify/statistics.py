@@ -18,16 +18,10 @@ MIN_CELL = 25
 
 @dataclass(frozen=True)
 class SampleComparison:
-    """Two samples compared.
+    """Two samples compared: the probability of such a difference if there is none, and its size."""
 
-    Attributes:
-        p_value: The probability of a difference at least as large if there is none; corrected for
-            the number of positions looked at (Bonferroni).
-        distance: The largest total variation distance between the samples over the positions.
-    """
-
-    p_value: float
-    distance: float
+    p_value: float  # corrected for the number of positions looked at (Bonferroni)
+    distance: float  # the largest total variation distance over the positions
 
 
 def compare_samples(
@@ -35,16 +29,8 @@ def compare_samples(
 ) -> SampleComparison:
     """Compare two samples of sequences by their runs of `window` tokens at each position.
 
-    Args:
-        left: Independent sequences, all of one length.
-        right: The same for the other sample.
-        window: How many tokens in a row make up a cell.
-
-    Returns:
-        The comparison.
-
-    Raises:
-        ValueError: If at no position there is more than one cell with enough sequences in it.
+    All sequences have one length and are independent. A ValueError says that at no position there
+    is more than one cell with enough of them in it.
     """
     num_positions = len(left[0]) - window + 1
     p_values, distances = [], []

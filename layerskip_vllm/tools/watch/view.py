@@ -16,16 +16,10 @@ BAR_WIDTH = 30
 
 
 def draw(url: str, intervals: Sequence[Interval], draft_share: float | None) -> RenderableType:
-    """Draw what a server does.
+    """Draw what a server does: the last interval, and that since watching began, if it is longer.
 
-    Args:
-        url: The server's address.
-        intervals: The last interval, and that since watching began, if it is longer.
-        draft_share: What a draft step reads, as a share of what a step of the target does;
-            None if it is not known, and with it the bound on the speed-up.
-
-    Returns:
-        A panel.
+    `draft_share` is what a draft step reads as a share of what a step of the target does; None if
+    it is not known, and with it the bound on the speed-up.
     """
     heading = [f"last {interval.seconds:.0f} s" for interval in intervals]
     table = Table("", *heading, box=None, pad_edge=False)
