@@ -302,28 +302,25 @@ class LayerSkipProposer(DraftModelProposer):
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Attention metadata and slot mapping of a step, by layer name.
 
-        `metadata` is that of all steps; each replaces what depends on the position.
+        `metadata` is one object for all steps, moved on by a token in place: a copy for each step
+        would take longer than what backends make of it.
         """
+        metadata.seq_lens = slots.seq_lens[step]
+        metadata.positions = slots.positions[step]
+        metadata.max_seq_len = min(metadata.max_seq_len + 1, self.max_model_len)
+        metadata._num_computed_tokens_cache = None
         upper_bound = metadata.seq_lens_cpu_upper_bound
         if upper_bound is not None:
-            upper_bound = (upper_bound + step + 1).clamp(max=self.max_model_len)
+            metadata.seq_lens_cpu_upper_bound = (upper_bound + 1).clamp_(max=self.max_model_len)
         attn_metadata: dict[str, Any] = {}
         slot_mapping_by_layer: dict[str, torch.Tensor] = {}
         for group in self.draft_attn_groups:
             gid = group.kv_cache_group_id
             slot_mapping = slots.slot_mappings[gid][step]
-            step_metadata = replace(
-                metadata,
-                seq_lens=slots.seq_lens[step],
-                seq_lens_cpu_upper_bound=upper_bound,
-                max_seq_len=min(metadata.max_seq_len + step + 1, self.max_model_len),
-                positions=slots.positions[step],
-                block_table_tensor=self.runner.input_batch.block_table[gid].get_device_tensor(
-                    metadata.num_reqs
-                ),
-                slot_mapping=slot_mapping[: metadata.num_reqs],
-            )
-            group_metadata = group.build_metadata_for_drafting(step_metadata, draft_index=step)
+            metadata.slot_mapping = slot_mapping[: metadata.num_reqs]
+            block_table = self.runner.input_batch.block_table[gid]
+            metadata.block_table_tensor = block_table.get_device_tensor(metadata.num_reqs)
+            group_metadata = group.build_metadata_for_drafting(metadata, draft_index=step)
             attn_metadata |= dict.fromkeys(group.layer_names, group_metadata)
             slot_mapping_by_layer |= dict.fromkeys(group.layer_names, slot_mapping)
         return attn_metadata, slot_mapping_by_layer

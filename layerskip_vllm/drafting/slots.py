@@ -21,15 +21,15 @@ class DraftSlots:
     context) run along but write no keys and values.
 
     Attributes:
-        positions: `[num_steps, num_reqs] int64`.
-        seq_lens: `[num_steps, num_reqs] int32`, with the step's own token.
-        slot_mappings: `[num_steps, num_input_tokens] int64` by KV cache group; `PAD_SLOT_ID` where
-            nothing is written.
+        positions: `[num_reqs] int64`, step by step.
+        seq_lens: `[num_reqs] int32`, with the step's own token.
+        slot_mappings: `[num_input_tokens] int64` by KV cache group; `PAD_SLOT_ID` where nothing is
+            written.
     """
 
-    positions: torch.Tensor
-    seq_lens: torch.Tensor
-    slot_mappings: dict[int, torch.Tensor]
+    positions: tuple[torch.Tensor, ...]
+    seq_lens: tuple[torch.Tensor, ...]
+    slot_mappings: dict[int, tuple[torch.Tensor, ...]]
 
 
 def find_slots(
@@ -65,5 +65,5 @@ def find_slots(
         slots = block_ids * block_size + positions % block_size
         slot_mapping = slots.new_full((num_steps, num_input_tokens), PAD_SLOT_ID)
         slot_mapping[:, :num_reqs] = torch.where(is_active, slots, PAD_SLOT_ID)
-        slot_mappings[group_id] = slot_mapping
-    return DraftSlots(positions, (positions + 1).int(), slot_mappings)
+        slot_mappings[group_id] = slot_mapping.unbind()
+    return DraftSlots(positions.unbind(), (positions + 1).int().unbind(), slot_mappings)

@@ -24,9 +24,9 @@ def test_slots_are_those_of_the_blocks_when_rows_are_active() -> None:
     positions = torch.tensor([[3, 15, 2], [4, 16, 3]])
     is_discarded = torch.tensor([False, False, True])
     found = find_slots(tables, (0, 2), positions, is_discarded, 5, MAX_MODEL_LEN)
-    assert found.positions.tolist() == [[3, 15, 2], [4, 15, 3]]
-    assert found.seq_lens.tolist() == [[4, 16, 3], [5, 16, 4]]
+    assert [step.tolist() for step in found.positions] == [[3, 15, 2], [4, 15, 3]]
+    assert [step.tolist() for step in found.seq_lens] == [[4, 16, 3], [5, 16, 4]]
     for group_id, table in blocks.items():
         first, second = (int(table[0, 0]) * 4 + 3, int(table[1, 3]) * 4 + 3)
         expected = [[first, second, PAD, PAD, PAD], [int(table[0, 1]) * 4, PAD, PAD, PAD, PAD]]
-        assert found.slot_mappings[group_id].tolist() == expected
+        assert [step.tolist() for step in found.slot_mappings[group_id]] == expected
