@@ -12,7 +12,7 @@ import pytest
 
 from layerskip_vllm.tools.commands import main
 from layerskip_vllm.tools.verify import runs
-from layerskip_vllm.tools.verify.results import EngineJob, EngineOutput
+from layerskip_vllm.tools.verify.engine_run import EngineJob, EngineOutput
 
 ENGINE = {
     "max_model_len": 128,

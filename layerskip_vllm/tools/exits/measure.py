@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from layerskip_vllm.tools.exits.command import ExitsConfig
 from layerskip_vllm.tools.exits.exit_report import Draft, Exit, ExitReport
-from layerskip_vllm.tools.exits.exits_config import ExitsConfig
 from layerskip_vllm.tools.speedup_bound import bound_speedup
 from layerskip_vllm.tools.text import HeldOutText
 from layerskip_vllm.training.decoder import find_decoder_parts

@@ -14,9 +14,9 @@ import aiohttp
 from layerskip_vllm.tools.server.service import Service, open_session
 from layerskip_vllm.tools.soak.checks import Check, check_all
 from layerskip_vllm.tools.soak.client import End, send
+from layerskip_vllm.tools.soak.command import SoakConfig
 from layerskip_vllm.tools.soak.monitor import Look, Monitor
 from layerskip_vllm.tools.soak.questions import Question
-from layerskip_vllm.tools.soak.soak_config import SoakConfig
 from layerskip_vllm.tools.soak.tally import Tally
 from layerskip_vllm.tools.soak.traffic import Request, Traffic
 

@@ -8,8 +8,8 @@ from typing import Any
 from rich.table import Table
 
 from layerskip_vllm.tools.soak.client import End, Outcome
+from layerskip_vllm.tools.soak.command import SoakConfig
 from layerskip_vllm.tools.soak.run import Soak
-from layerskip_vllm.tools.soak.soak_config import SoakConfig
 from layerskip_vllm.tools.soak.tally import Row
 
 _MAX_PAYLOAD_CHARACTERS = 4000

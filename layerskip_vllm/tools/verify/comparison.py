@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from layerskip_vllm.tools.tokens import first_difference
-from layerskip_vllm.tools.verify.results import EngineOutput, ScoredCompletion
+from layerskip_vllm.tools.verify.engine_run import EngineOutput, ScoredCompletion
 from layerskip_vllm.tools.verify.runs import DRAFTED, FLOOR, PLAIN, UNVERIFIED
 from layerskip_vllm.tools.verify.statistics import compare_samples
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from layerskip_vllm.tools.engine_process import EngineProcess, JobError
-from layerskip_vllm.tools.verify.results import EngineJob, EngineOutput
-from layerskip_vllm.tools.verify.verify_config import VerifyConfig
+from layerskip_vllm.tools.verify.command import VerifyConfig
+from layerskip_vllm.tools.verify.engine_run import EngineJob, EngineOutput
 
 # Plain vLLM, the floor: plain vLLM again, drafts, and drafts that nothing verifies.
 PLAIN, FLOOR, DRAFTED, UNVERIFIED = RUNS = ("plain", "floor", "layerskip", "unverified")

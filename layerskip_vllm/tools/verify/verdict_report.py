@@ -7,10 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
+from layerskip_vllm.tools.verify.command import VerifyConfig
 from layerskip_vllm.tools.verify.comparison import FALSE_ALARM, EngineComparison, Verdict
-from layerskip_vllm.tools.verify.results import EngineOutput
+from layerskip_vllm.tools.verify.engine_run import EngineOutput
 from layerskip_vllm.tools.verify.runs import DRAFTED, FLOOR, UNVERIFIED
-from layerskip_vllm.tools.verify.verify_config import VerifyConfig
 
 _LABELS = {
     FLOOR: "plain vLLM again (the floor)",

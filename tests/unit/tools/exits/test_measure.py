@@ -8,8 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from layerskip_vllm.checkpoint.validation import parse
+from layerskip_vllm.tools.exits.command import ExitsConfig
 from layerskip_vllm.tools.exits.exit_report import Draft, Exit, ExitReport
-from layerskip_vllm.tools.exits.exits_config import ExitsConfig
 from layerskip_vllm.tools.exits.measure import (
     find_eos_token_ids,
     load_decoder,

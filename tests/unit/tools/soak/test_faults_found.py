@@ -11,10 +11,10 @@ import pytest
 from layerskip_vllm.tools.server.service import inspect
 from layerskip_vllm.tools.soak import monitor
 from layerskip_vllm.tools.soak.client import End
+from layerskip_vllm.tools.soak.command import SoakConfig
 from layerskip_vllm.tools.soak.questions import make_questions
 from layerskip_vllm.tools.soak.reference import ask_plain
 from layerskip_vllm.tools.soak.run import Soak, run_soak
-from layerskip_vllm.tools.soak.soak_config import SoakConfig
 from tests.unit.tools.soak.fake_server import FakeServer, Misbehaviour, behave
 
 

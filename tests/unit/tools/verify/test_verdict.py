@@ -6,7 +6,7 @@ import pytest
 
 from layerskip_vllm.tools.prompts import choose_prompts, cut_prompts
 from layerskip_vllm.tools.verify.comparison import compare_results, find_tolerance
-from layerskip_vllm.tools.verify.results import EngineOutput, ScoredCompletion
+from layerskip_vllm.tools.verify.engine_run import EngineOutput, ScoredCompletion
 from layerskip_vllm.tools.verify.statistics import compare_samples
 
 SAMPLES = (((1, 2),) * 200, ((1, 2), (2, 1)) * 100)
