@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -92,35 +92,26 @@ def serve_steps(pipe: Connection, settings: dict[str, Any] | None, shape: Shape)
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = _make_model(shape).to(device)
-    if settings is None:
-        _serve_steps(pipe, model, shape, device, lambda step: None)
-        return
-    with LayerSkip(model, LayerSkipSettings(**settings)) as layer_skip:
-        _serve_steps(
-            pipe, model, shape, device, lambda step: layer_skip.set_step(step, MAX_NUM_STEPS)
-        )
-
-
-def _serve_steps(
-    pipe: Connection, model: Any, shape: Shape, device: str, set_step: Callable[[int], None]
-) -> None:
+    layer_skip = None if settings is None else LayerSkip(model, LayerSkipSettings(**settings))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
     optimizer.step()  # makes its state
     held_bytes = _reset_peak(device)
-    for step in range(MAX_NUM_STEPS):
-        if pipe.recv() is None:
-            return
-        token_ids = torch.randint(shape.vocab_size, (shape.batch_size, shape.seq_len)).to(device)
-        start = time.perf_counter()
-        set_step(step)
-        model(input_ids=token_ids, labels=token_ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        pipe.send((time.perf_counter() - start, _peak_bytes(device) - held_bytes))
+    with layer_skip or contextlib.nullcontext():
+        for step in range(MAX_NUM_STEPS):
+            pipe.recv()
+            token_ids = torch.randint(shape.vocab_size, (shape.batch_size, shape.seq_len))
+            token_ids = token_ids.to(device)
+            start = time.perf_counter()
+            if layer_skip is not None:
+                layer_skip.set_step(step, MAX_NUM_STEPS)
+            model(input_ids=token_ids, labels=token_ids, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            pipe.send((time.perf_counter() - start, _peak_bytes(device) - held_bytes))
 
 
 def _make_model(shape: Shape) -> Any:

@@ -31,7 +31,6 @@ from layerskip_vllm.tools import stdlib_corpus
 from layerskip_vllm.tools.commands import main as run_command
 from layerskip_vllm.tools.hardware import describe_hardware
 from layerskip_vllm.tools.prompts import held_out_prompts
-from layerskip_vllm.training.decoder import find_decoder_parts
 from layerskip_vllm.training.exit_evaluation import measure_held_out
 from layerskip_vllm.training.exit_head import ExitHead
 
@@ -119,7 +118,7 @@ def measure_adapter(model_folder: Path, adapter_folder: Path) -> float:
     """Return the adapted exit's agreement with the last layer on held-out text."""
     model, sequences = _load(model_folder)
     head, adapter = ExitHead(model), load_exit_adapter(adapter_folder)
-    parts = find_decoder_parts(model)
+    parts = head.parts
     adapted = dataclasses.replace(parts, norm=torch.nn.Sequential(parts.norm, adapter))
     num_agreed = 0
     for rows in torch.split(sequences, 8):
@@ -154,7 +153,7 @@ def count_accepted(model: Path, log_folder: Path, **speculative_config: Any) -> 
     }
     prompts = [tokenizer.encode(text) for text in texts]
     with run_engines({"layerskip": arguments}, log_folder) as (engine,):
-        return engine.run_round(prompts, MAX_TOKENS, temperature=0.0).acceptance
+        return engine.run_round(prompts, MAX_TOKENS, temperature=0.0).counters.acceptance_rate
 
 
 def compare(folder: Path, num_steps: int) -> list[Result]:

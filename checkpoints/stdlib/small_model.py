@@ -71,10 +71,7 @@ def build_model(config: PretrainConfig, eos_token_id: int) -> LlamaForCausalLM:
             bos_token_id=eos_token_id,
             eos_token_id=eos_token_id,
             attn_implementation="eager",
-            layerskip={
-                "exit_layer": config.exit_layer,
-                "num_speculative_tokens": config.num_speculative_tokens,
-            },
+            layerskip=config.make_settings().draft_entry(config.num_layers),
         )
     )
     with torch.no_grad():
@@ -91,7 +88,7 @@ def scale_contribution(layer: LlamaDecoderLayer, scale: float) -> None:
 
 
 def grow(model: LlamaForCausalLM, config: PretrainConfig) -> None:
-    """Make every layer after the first ones a copy of one of them, in turn,, and let all run."""
+    """Make every layer after the first ones a copy of one of them, in turn, and let all run."""
     layers = model.model.layers
     for layer_idx in range(config.num_first_layers, config.num_layers):
         layers[layer_idx].load_state_dict(layers[layer_idx % config.num_first_layers].state_dict())

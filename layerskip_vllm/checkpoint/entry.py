@@ -50,6 +50,16 @@ class DraftSettings:
     num_speculative_tokens: Setting  # K, the number of tokens drafted for each verification
 
 
+def make_entry(
+    exit_layer: int | None, num_speculative_tokens: int | None, num_layers: int
+) -> dict[str, int]:
+    """Make a `layerskip` entry; what is None becomes a quarter of the layers, and K = 4."""
+    return {
+        "exit_layer": exit_layer or max(1, num_layers // 4),
+        "num_speculative_tokens": num_speculative_tokens or DEFAULT_NUM_SPECULATIVE_TOKENS,
+    }
+
+
 def check_positive_int(name: str, value: Any) -> None:
     """Refuse what is not an integer of at least 1; a bool, a float or a numeral in a string too."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -70,8 +80,9 @@ def default_settings(model: str, hf_config: Any, num_layers: int) -> DraftSettin
             Setting(value, source) for value in PUBLISHED_SETTINGS[name]
         )
     else:
-        exit_layer = Setting(max(1, num_layers // 4), "a quarter of the layers")
-        num_speculative_tokens = Setting(DEFAULT_NUM_SPECULATIVE_TOKENS, "the default")
+        default = make_entry(None, None, num_layers)
+        exit_layer = Setting(default["exit_layer"], "a quarter of the layers")
+        num_speculative_tokens = Setting(default["num_speculative_tokens"], "the default")
     entry = _checked_entry(getattr(hf_config, CONFIG_KEY, None))
     return DraftSettings(
         entry.get("exit_layer", exit_layer),

@@ -57,18 +57,11 @@ def add_speculative_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentP
 
 
 def fold_settings(args: argparse.Namespace) -> argparse.Namespace:
-    """Move layerskip's own settings from their flags into the speculative config.
+    """Move layerskip's own settings from their flags into the speculative config, in place.
 
-    Args:
-        args: The parsed command line, changed in place: `vllm serve` sends it on to its API
-            servers, if there are several, which make engine arguments of it before any plugin is
-            loaded.
-
-    Returns:
-        `args`.
-
-    Raises:
-        ValueError: If a flag is given without layerskip, or against the speculative config.
+    `vllm serve` sends the command line on to its API servers, if there are several, which make
+    engine arguments of it before any plugin is loaded. `ValueError` if a flag is given without
+    layerskip, or against the speculative config.
     """
     for key, flag in FLAG_OF_SETTING.items():
         name = flag.removeprefix("--").replace("-", "_")
@@ -93,14 +86,7 @@ def fold_settings(args: argparse.Namespace) -> argparse.Namespace:
 def is_layerskip(args: EngineArgs) -> bool:
     """Return whether layerskip is asked for, by method or by model, in any of vLLM's ways.
 
-    Args:
-        args: The engine's arguments.
-
-    Returns:
-        Whether they ask for it.
-
-    Raises:
-        ValueError: If they ask for it in a form that vLLM would misread.
+    `ValueError` if it is in a form that vLLM would misread.
     """
     given = args.speculative_config
     if isinstance(given, str) and given.casefold() == METHOD:
@@ -127,14 +113,8 @@ def is_layerskip(args: EngineArgs) -> bool:
 def read_settings(args: EngineArgs) -> dict[str, Any]:
     """Merge the flags and the speculative config of an engine that asks for layerskip.
 
-    Args:
-        args: The engine's arguments.
-
-    Returns:
-        The user's settings under vLLM's names, without `method` and `model`, which say layerskip.
-
-    Raises:
-        ValueError: If a setting is given twice, or a method or model besides layerskip.
+    The settings have vLLM's names, without `method` and `model`, which say layerskip. `ValueError`
+    if one is given twice, or a method or model besides layerskip.
     """
     settings: dict[str, Any] = {}
     for given, value in (args.speculative_config or {}).items():

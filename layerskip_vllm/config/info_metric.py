@@ -19,9 +19,6 @@ def publish_info(stat_logger: PrometheusStatLogger) -> None:
     """Add a gauge that is 1, whose labels are E, K, L and where E and K come from.
 
     Like vLLM's own `cache_config_info` it has one series an engine, the same from all API servers.
-
-    Args:
-        stat_logger: What writes vLLM's metrics, of an engine that drafts with layerskip.
     """
     config = stat_logger.vllm_config.speculative_config
     assert isinstance(config, LayerSkipConfig)

@@ -28,13 +28,8 @@ class RequestError(VLLMValidationError, ValueError):
 def check_request(params: SamplingParams, speculative_config: SpeculativeConfig | None) -> None:
     """Refuse a request that asks for what this engine cannot draft.
 
-    Args:
-        params: The request's sampling parameters.
-        speculative_config: The engine's.
-
-    Raises:
-        RequestError: If the request has an entry for layerskip that is of the wrong form, out of
-            range, or given to an engine that does not draft with layerskip.
+    `RequestError` if its entry for layerskip is of the wrong form, out of range, or given to an
+    engine that does not draft with layerskip.
     """
     extra_args = params.extra_args or {}
     if KEY not in extra_args:
@@ -66,14 +61,7 @@ def check_request(params: SamplingParams, speculative_config: SpeculativeConfig 
 
 
 def max_num_drafts(params: SamplingParams | None) -> int | None:
-    """Read how many tokens a request drafts at most.
-
-    Args:
-        params: Its sampling parameters, which `check_request` has seen.
-
-    Returns:
-        The number, None if it does not say.
-    """
+    """Read how many tokens a request that was checked drafts at most, None if it does not say."""
     if params is None or not params.extra_args or KEY not in params.extra_args:
         return None
     num_drafts: int | None = _read_entry(params.extra_args[KEY]).get(FIELD)

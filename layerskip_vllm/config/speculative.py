@@ -98,18 +98,9 @@ def create_layerskip_config(
 ) -> LayerSkipConfig:
     """Build the configuration from everything that the user says, or refuse it.
 
-    Args:
-        args: The engine's arguments.
-        model_config: The target model's configuration.
-        parallel_config: The target's parallelism.
-
-    Returns:
-        The configuration, with E and K and where each comes from filled in.
-
-    Raises:
-        ValueError: If a setting is unknown, of the wrong type or out of range, or if the model or
-            another engine setting cannot work with layerskip. The message names the field, its
-            value and what would be right.
+    `ValueError` if a setting is unknown, of the wrong type or out of range, or if the model or
+    another engine setting cannot work with layerskip. The message names the field, its value and
+    what would be right.
     """
     settings = read_settings(args)
     check_settings(settings, has_lora=bool(args.enable_lora))

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from typing_extensions import override
 
-from layerskip_vllm.checkpoint.entry import default_settings
+from layerskip_vllm.checkpoint.entry import make_entry
 from layerskip_vllm.checkpoint.exit_adapter import (
     ExitAdapter,
     ExitAdapterConfig,
@@ -43,11 +43,8 @@ class ExitAdapterSettings(Settings):
 
     def make_config(self, hidden_size: int, num_layers: int) -> ExitAdapterConfig:
         """Make the config of a model's adapter; `ValueError` if the settings do not fit."""
-        defaults = default_settings("", None, num_layers)
         return ExitAdapterConfig(
-            exit_layer=self.exit_layer or defaults.exit_layer.value,
-            num_speculative_tokens=self.num_speculative_tokens
-            or defaults.num_speculative_tokens.value,
+            **make_entry(self.exit_layer, self.num_speculative_tokens, num_layers),
             rank=self.rank,
             hidden_size=hidden_size,
             num_hidden_layers=num_layers,

@@ -3,11 +3,11 @@
 The YAML's `layerskip` section becomes one; `LayerSkipTrainer` takes one.
 """
 
-from typing import Any, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
-from layerskip_vllm.checkpoint.entry import default_settings
+from layerskip_vllm.checkpoint.entry import make_entry
 from layerskip_vllm.training.decoder import DecoderParts
 from layerskip_vllm.training.early_exit_loss import (
     Curriculum,
@@ -93,11 +93,6 @@ class LayerSkipSettings(LayerDropoutSettings):
             target=self.target,
         )
 
-    def draft_entry(self, num_layers: int) -> dict[str, Any]:
+    def draft_entry(self, num_layers: int) -> dict[str, int]:
         """Return the `layerskip` entry of the checkpoint's `config.json`: E and K."""
-        defaults = default_settings("", None, num_layers)
-        return {
-            "exit_layer": self.exit_layer or defaults.exit_layer.value,
-            "num_speculative_tokens": self.num_speculative_tokens
-            or defaults.num_speculative_tokens.value,
-        }
+        return make_entry(self.exit_layer, self.num_speculative_tokens, num_layers)
