@@ -11,14 +11,8 @@ def cost_of_round(draft_share: float, num_speculative_tokens: float) -> float:
     """Return what one draft and its verification read, in steps of the target.
 
     That is K draft steps and one step of the target, K * draft_share + 1; a plain step costs 1.
-
-    Args:
-        draft_share: What a draft step reads, layers [0, E) and the head, as a share of what a step
-            of the target reads: all layers and the head. In (0, 1], else a ValueError.
-        num_speculative_tokens: K, at least 1; the mean where drafts differ.
-
-    Returns:
-        The cost.
+    `draft_share` is what a draft step reads, layers [0, E) and the head, as a share of what a step
+    of the target reads, all layers and the head. K is the mean where drafts differ.
     """
     if not 0 < draft_share <= 1:
         raise ValueError(f"draft_share is {draft_share}; it must be above 0 and at most 1.")

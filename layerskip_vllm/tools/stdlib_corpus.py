@@ -15,8 +15,9 @@ from pathlib import Path
 
 HELD_OUT_ONE_IN = 16
 
+# Tests and fixtures, other people's packages, and tables of data that merely end in `.py`.
 _EXCLUDED_DIRS = frozenset(
-    {
+    [
         "__pycache__",
         "_bundled",
         "dist-packages",
@@ -27,14 +28,12 @@ _EXCLUDED_DIRS = frozenset(
         "site-packages",
         "test",
         "tests",
-    }
+    ]
 )
-"""Tests and fixtures, other people's packages, and tables of data that merely end in `.py`."""
-
+# Files generated for one machine, and more tables.
 _EXCLUDED_FILES = re.compile(
     r"config-[^/]*/|_sysconfigdata|_sysconfig_vars|html/entities\.py$|__phello__|this\.py$"
 )
-"""Files generated for one machine, and more tables."""
 
 
 @dataclass(frozen=True)

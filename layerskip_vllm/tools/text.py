@@ -89,17 +89,10 @@ class HeldOutText:
     prefix: list[int]  # the token that the tokenizer begins a text with, or nothing
 
     def cut_sequences(self, seq_len: int, max_tokens: int) -> torch.Tensor:
-        """Cut sequences that do not overlap, spread evenly over the text.
+        """Cut sequences of `seq_len` tokens to predict, spread evenly, up to `max_tokens` in all.
 
-        Args:
-            seq_len: Tokens to predict in each.
-            max_tokens: Limit of the tokens to predict in all.
-
-        Returns:
-            `[num_sequences, seq_len + 1] int64`, at least one.
-
-        Raises:
-            ValueError: If the text is too short for one.
+        They do not overlap: `[num_sequences, seq_len + 1] int64`, at least one; a ValueError says
+        that the text is too short for it.
         """
         length = seq_len + 1 - len(self.prefix)
         if len(self.token_ids) < length:

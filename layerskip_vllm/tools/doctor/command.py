@@ -28,7 +28,7 @@ from layerskip_vllm.tools.doctor.doctor_report import DoctorReport, format_repor
 from layerskip_vllm.tools.hardware import describe_cpu
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import VllmConfig
 
     from layerskip_vllm.config.speculative import LayerSkipConfig
 
@@ -179,20 +179,15 @@ def examine_checkpoint(report: DoctorReport, model: str, given: dict[str, int]) 
     from vllm.engine.arg_utils import EngineArgs
 
     args = EngineArgs(
-        model=model,
-        skip_tokenizer_init=True,
-        speculative_config={"method": "layerskip", **given},
+        model=model, skip_tokenizer_init=True, speculative_config={"method": "layerskip", **given}
     )
     try:
-        _describe_model(report, args.create_model_config())
+        model_config = args.create_model_config()
+        report.checkpoint["architecture"] = ", ".join(model_config.architectures)
+        report.checkpoint["layers"] = model_config.get_total_num_hidden_layers()
         _describe_draft(report, args.create_engine_config())
     except Exception as error:
         report.problems.append(_describe_error(error))
-
-
-def _describe_model(report: DoctorReport, model_config: ModelConfig) -> None:
-    report.checkpoint["architecture"] = ", ".join(model_config.architectures)
-    report.checkpoint["layers"] = model_config.get_total_num_hidden_layers()
 
 
 def _describe_draft(report: DoctorReport, vllm_config: VllmConfig) -> None:

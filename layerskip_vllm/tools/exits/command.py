@@ -109,12 +109,7 @@ class ExitsCommand(Command, ExitsConfig):
         return _write_config(report, Path(self.model), console) if self.write_config else 0
 
     def _measure(self, console: Console) -> ExitReport:
-        from layerskip_vllm.tools.exits.measure import (
-            describe_setting,
-            find_eos_token_ids,
-            load_decoder,
-            measure_exits,
-        )
+        from layerskip_vllm.tools.exits import measure
         from layerskip_vllm.tools.text import encode_documents, read_documents
 
         if self.write_config and not (Path(self.model) / "config.json").is_file():
@@ -124,17 +119,17 @@ class ExitsCommand(Command, ExitsConfig):
             )
         documents = read_documents(self.data)
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        model, tokenizer = load_decoder(self.model, self.device, self.dtype)
+        model, tokenizer = measure.load_decoder(self.model, self.device, self.dtype)
         text = encode_documents(tokenizer, documents)
-        eos_token_ids = find_eos_token_ids(model, tokenizer)
-        setting = describe_setting(model, self.data, self)
+        eos_token_ids = measure.find_eos_token_ids(model, tokenizer)
+        setting = measure.describe_setting(model, self.data, self)
         with _make_progress(console) as progress:
 
             def track(what: str, total: int) -> Callable[[int], None]:
                 task = progress.add_task(what, total=total)
                 return lambda num: progress.advance(task, num)
 
-            return measure_exits(model, text, eos_token_ids, self, setting, track)
+            return measure.measure_exits(model, text, eos_token_ids, self, setting, track)
 
 
 def _make_progress(console: Console) -> Progress:

@@ -69,11 +69,14 @@ class ExitReport:
     @property
     def entry(self) -> dict[str, int] | None:
         """The `layerskip` entry to put into `config.json`; None if no exit pays."""
-        if not self.pays:
-            return None
+        return self._best_settings if self.pays else None
+
+    @property
+    def _best_settings(self) -> dict[str, int]:
+        best = self.best
         return {
-            "exit_layer": self.best.exit_layer,
-            "num_speculative_tokens": self.best.num_speculative_tokens,
+            "exit_layer": best.exit_layer,
+            "num_speculative_tokens": best.num_speculative_tokens,
         }
 
     def describe(self) -> str:
@@ -97,26 +100,10 @@ class ExitReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as a JSON object; a perplexity beyond all numbers is null."""
-        exits = []
-        for exit_ in self.exits:
-            fields = dataclasses.asdict(exit_)
-            drafts = [
-                {key: value for key, value in draft.items() if key != "exit_layer"}
-                for draft in fields.pop("drafts")
-            ]
-            perplexity = exit_.perplexity if math.isfinite(exit_.perplexity) else None
-            exits.append({**fields, "perplexity": perplexity, "drafts": drafts})
-        return {
-            "model": self.model,
-            "setting": dict(self.setting),
-            "num_held_out_tokens": self.num_held_out_tokens,
-            "num_completion_tokens": self.num_completion_tokens,
-            "head_share": self.head_share,
-            CONFIG_KEY: self.entry,
-            "best": {
-                "exit_layer": self.best.exit_layer,
-                "num_speculative_tokens": self.best.num_speculative_tokens,
-                "speedup": self.best.speedup,
-            },
-            "exits": exits,
-        }
+        report = dataclasses.asdict(self)
+        for exit_, fields in zip(self.exits, report["exits"], strict=True):
+            fields["perplexity"] = exit_.perplexity if math.isfinite(exit_.perplexity) else None
+            for draft in fields["drafts"]:
+                del draft["exit_layer"]
+        best = {**self._best_settings, "speedup": self.best.speedup}
+        return {**report, CONFIG_KEY: self.entry, "best": best}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
@@ -14,6 +15,7 @@ from layerskip_vllm.tools.chart_style import INK, LAYERSKIP, MUTED, PLAIN, TRACK
 from layerskip_vllm.tools.exits.exit_report import ExitReport
 
 _LEFT = 0.06
+_LINE: dict[str, Any] = {"linewidth": 2.5, "marker": "o", "markersize": 4}
 # Slower than plain decoding is grey, as fast is white, faster is green.
 _SPEEDUP_COLORS = LinearSegmentedColormap.from_list("speedup", ["#9aa5b1", "#ffffff", LAYERSKIP])
 
@@ -33,8 +35,9 @@ def make_figure(report: ExitReport) -> Figure:
     _draw_speedups(speedup, report)
     _draw_agreements(agreement, report)
     _draw_losses(loss, report)
+    exit_layer = report.best.exit_layer
     for axes in (agreement, loss):
-        _mark_exit(axes, report)
+        axes.axvspan(exit_layer - 0.5, exit_layer + 0.5, color=TRACK, zorder=0)
     loss.set_xlabel("exit after layer", color=MUTED, fontsize=10)
     loss.set_xlim(0.5, len(report.exits) + 0.5)
     loss.xaxis.set_major_locator(MaxNLocator(nbins=26, integer=True, min_n_ticks=1))
@@ -76,18 +79,9 @@ def _draw_speedups(axes: Axes, report: ExitReport) -> None:
     if len(report.exits) <= 40 and len(rows) <= 12:
         _write_speedups(axes, report)
     best = report.best
-    axes.add_patch(
-        Rectangle(
-            (best.exit_layer - 0.5, best.num_speculative_tokens - 0.5),
-            1,
-            1,
-            fill=False,
-            edgecolor=INK,
-            linewidth=2.5,
-            zorder=3,
-            clip_on=False,
-        )
-    )
+    corner = (best.exit_layer - 0.5, best.num_speculative_tokens - 0.5)
+    box = Rectangle(corner, 1, 1, fill=False, edgecolor=INK, linewidth=2.5, zorder=3, clip_on=False)
+    axes.add_patch(box)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
     axes.set_ylabel("tokens in a draft", color=MUTED, fontsize=10)
     style_axes(
@@ -118,8 +112,8 @@ def _draw_agreements(axes: Axes, report: ExitReport) -> None:
     agreements = [exit_.agreement for exit_ in report.exits]
     num = report.best.num_speculative_tokens
     rates = [exit_.drafts[num - 1].acceptance.rate for exit_ in report.exits[:-1]]
-    axes.plot(layers, agreements, color=PLAIN, linewidth=2.5, marker="o", markersize=4)
-    axes.plot(layers[:-1], rates, color=LAYERSKIP, linewidth=2.5, marker="o", markersize=4)
+    axes.plot(layers, agreements, color=PLAIN, **_LINE)
+    axes.plot(layers[:-1], rates, color=LAYERSKIP, **_LINE)
     exit_layer = report.best.exit_layer
     _write_value(axes, exit_layer, agreements[exit_layer - 1], "{:.0%}", above=True)
     _write_value(axes, exit_layer, rates[exit_layer - 1], "{:.0%}", above=False)
@@ -136,14 +130,7 @@ def _draw_agreements(axes: Axes, report: ExitReport) -> None:
 def _draw_losses(axes: Axes, report: ExitReport) -> None:
     losses = [exit_.loss for exit_ in report.exits]
     axes.axhline(losses[-1], color=PLAIN, linewidth=1.5, linestyle=(0, (4, 3)))
-    axes.plot(
-        [exit_.exit_layer for exit_ in report.exits],
-        losses,
-        color=LAYERSKIP,
-        linewidth=2.5,
-        marker="o",
-        markersize=4,
-    )
+    axes.plot([exit_.exit_layer for exit_ in report.exits], losses, color=LAYERSKIP, **_LINE)
     exit_layer = report.best.exit_layer
     _write_value(axes, exit_layer, losses[exit_layer - 1], "{:.3f}", above=True)
     style_axes(axes, "Held-out loss", f"nats per token; the whole model's is {losses[-1]:.3f}")
@@ -162,8 +149,3 @@ def _write_value(axes: Axes, exit_layer: int, value: float, form: str, above: bo
         fontweight="bold",
         color=INK,
     )
-
-
-def _mark_exit(axes: Axes, report: ExitReport) -> None:
-    exit_layer = report.best.exit_layer
-    axes.axvspan(exit_layer - 0.5, exit_layer + 0.5, color=TRACK, zorder=0)

@@ -50,12 +50,9 @@ class Server:
     ) -> None:
         """Prepare a server; nothing is started yet.
 
-        Args:
-            name: What messages call it.
-            command: The command without `--host` and `--port`, which are added.
-            log_path: File for its output, overwritten.
-            env: Its whole environment; this process's when None.
-            start_timeout_s: Seconds in which `GET /health` has to succeed.
+        `command` is without `--host` and `--port`, which are added. `log_path` is overwritten,
+        `env` the whole environment, this process's when None; `GET /health` has to succeed in
+        `start_timeout_s`.
         """
         self.name = name
         self.port = 0  # until it is started

@@ -22,11 +22,7 @@ class Check:
 
 
 def check_all(
-    tally: Tally,
-    looks: Sequence[Look],
-    is_idle: bool,
-    is_healthy: bool,
-    max_growth_mib: float,
+    tally: Tally, looks: Sequence[Look], is_idle: bool, is_healthy: bool, max_growth_mib: float
 ) -> list[Check]:
     """Check a run, whose last look is after all traffic; memory only where it was looked at."""
     checks = [

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from layerskip_vllm.tools.soak.questions import Question
     from layerskip_vllm.tools.soak.run import Soak
 
-_MAX_FAULTS_SHOWN = 10
-
 
 class SoakConfig(Settings):
     """How much traffic of which kinds is sent, and what counts as wrong."""
@@ -112,6 +110,7 @@ class SoakCommand(Command, SoakConfig):
     async def _soak(self, console: Console) -> int:
         from layerskip_vllm.tools.server.service import inspect
         from layerskip_vllm.tools.soak.reference import write_reference
+        from layerskip_vllm.tools.soak.soak_report import print_soak, soak_to_json
 
         service = await inspect(self.url)
         questions = await self._find_questions(service, console)
@@ -125,21 +124,11 @@ class SoakCommand(Command, SoakConfig):
                 "--speculative-model=layerskip, or --record its answers."
             )
         soak = await _send(self, service, questions, console)
-        self._show(soak, console)
-        return 0 if soak.is_passed else 1
-
-    def _show(self, soak: Soak, console: Console) -> None:
-        from layerskip_vllm.tools.soak import soak_report
-
-        console.print(soak_report.build_soak_table(soak))
-        for fault in soak.tally.faults[:_MAX_FAULTS_SHOWN]:
-            words = soak_report.describe_fault(fault)
-            console.print(words, markup=False, soft_wrap=True, style="red")
-        for line in soak_report.describe_checks(soak):
-            console.print(line, soft_wrap=True)
+        print_soak(soak, console)
         if self.output is not None:
-            write_json(self.output, soak_report.soak_to_json(soak))
+            write_json(self.output, soak_to_json(soak))
             console.print(f"Written: {self.output}", soft_wrap=True)
+        return 0 if soak.is_passed else 1
 
     async def _find_questions(self, service: Service, console: Console) -> list[Question]:
         """Make or read questions, with plain vLLM's answers where the user says where those are."""
@@ -178,8 +167,7 @@ async def _send(
         bar = progress.add_task("soak", total=60 * config.minutes)
 
         def show(soak: Soak) -> None:
-            num_sent = sum(row.num_sent for row in soak.tally.rows.values())
-            words = f"{num_sent:,} requests, {len(soak.tally.faults)} faults"
+            words = f"{soak.tally.total.num_sent:,} requests, {len(soak.tally.faults)} faults"
             progress.update(bar, completed=soak.seconds, description=words)
 
         return await run_soak(config, service, questions, show)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 
@@ -18,10 +17,7 @@ _TIMEOUT_S = 600.0
 
 
 async def ask_plain(
-    service: Service,
-    questions: Sequence[Question],
-    concurrency: int,
-    on_answer: Callable[[], None],
+    service: Service, questions: Sequence[Question], concurrency: int, on_answer: Callable[[], None]
 ) -> list[Question]:
     """Ask a plain server all questions, `concurrency` at once, and return them with its answers.
 
@@ -59,10 +55,11 @@ async def _ask(session: aiohttp.ClientSession, model: str, question: Question) -
 
 def write_reference(path: Path, service: Service, questions: Sequence[Question]) -> None:
     """Write questions and answers to a file."""
-    content = {
-        "max_model_len": service.max_model_len,
-        "questions": [_to_json(question) for question in questions],
-    }
+    entries = []
+    for question in questions:
+        assert question.answer is not None
+        entries.append({"kind": question.kind, "body": question.body, **asdict(question.answer)})
+    content = {"max_model_len": service.max_model_len, "questions": entries}
     path.write_text(json.dumps(content) + "\n")
 
 
@@ -76,9 +73,7 @@ def read_reference(path: Path, service: Service) -> list[Question]:
         max_model_len = content["max_model_len"]
         questions = [
             Question(
-                item["kind"],
-                item["body"],
-                Answer(tuple(item["token_ids"]), item["finish_reason"]),
+                item["kind"], item["body"], Answer(tuple(item["token_ids"]), item["finish_reason"])
             )
             for item in content["questions"]
         ]
@@ -97,13 +92,3 @@ def check_context(source: str, max_model_len: int, service: Service) -> None:
             f"the answers of {source} are of a server whose max_model_len is {max_model_len}, but "
             f"that of {service.url} is {service.max_model_len}; start both with the same."
         )
-
-
-def _to_json(question: Question) -> dict[str, Any]:
-    assert question.answer is not None
-    return {
-        "kind": question.kind,
-        "body": dict(question.body),
-        "token_ids": list(question.answer.token_ids),
-        "finish_reason": question.answer.finish_reason,
-    }

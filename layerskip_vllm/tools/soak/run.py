@@ -82,7 +82,7 @@ async def _send_all(
 
     def is_over() -> bool:
         soak.seconds = time.monotonic() - start_s
-        num_sent = sum(row.num_sent for row in soak.tally.rows.values())
+        num_sent = soak.tally.total.num_sent
         return (
             soak.is_interrupted
             or soak.seconds >= 60 * config.minutes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from layerskip_vllm.tools.soak.client import End, Outcome
@@ -12,11 +13,23 @@ from layerskip_vllm.tools.soak.command import SoakConfig
 from layerskip_vllm.tools.soak.run import Soak
 from layerskip_vllm.tools.soak.tally import Row
 
+_MAX_FAULTS_SHOWN = 10
 _MAX_PAYLOAD_CHARACTERS = 4000
 
 
-def build_soak_table(soak: Soak) -> Table:
-    """Build a table of the requests, a row a kind."""
+def print_soak(soak: Soak, console: Console) -> None:
+    """Print a table of the requests, the first faults, and what was checked."""
+    console.print(_build_table(soak))
+    for fault in soak.tally.faults[:_MAX_FAULTS_SHOWN]:
+        request = fault.request
+        words = f"{request.kind} ({request.detail}), {fault.seconds:.1f} s: {fault.reason}"
+        console.print(words, markup=False, soft_wrap=True, style="red")
+    marks = {True: "[green]ok[/]   ", False: "[red]FAULT[/]"}
+    for check in soak.checks:
+        console.print(f"{marks[check.is_passed]} {check.name}: {check.detail}", soft_wrap=True)
+
+
+def _build_table(soak: Soak) -> Table:
     ends = [end.value for end in End]
     heads = ["", "sent", *ends, "tokens", "same as plain", "slowest"]
     title = f"{soak.service.model} at {soak.service.url}, {soak.seconds / 60:.1f} minutes"
@@ -28,17 +41,6 @@ def build_soak_table(soak: Soak) -> Table:
     table.add_section()
     table.add_row("all", *_cells(soak.tally.total))
     return table
-
-
-def describe_checks(soak: Soak) -> list[str]:
-    """Say what was checked, a line a check, as rich markup."""
-    marks = {True: "[green]ok[/]   ", False: "[red]FAULT[/]"}
-    return [f"{marks[check.is_passed]} {check.name}: {check.detail}" for check in soak.checks]
-
-
-def describe_fault(fault: Outcome) -> str:
-    """Say what went wrong with a request, in a line."""
-    return f"{fault.request.kind} ({fault.request.detail}), {fault.seconds:.1f} s: {fault.reason}"
 
 
 def soak_to_json(soak: Soak) -> dict[str, Any]:

@@ -29,30 +29,20 @@ class Tally:
     """All requests of a run."""
 
     rows: dict[str, Row] = field(default_factory=dict)  # by kind
+    total: Row = field(default_factory=Row)
     faults: list[Outcome] = field(default_factory=list)  # in order
 
     def begin(self, kind: str) -> None:
         """Count a request that is about to be sent."""
-        self.rows.setdefault(kind, Row()).num_sent += 1
+        for row in (self.rows.setdefault(kind, Row()), self.total):
+            row.num_sent += 1
 
     def end(self, outcome: Outcome) -> None:
         """Count a request's end."""
-        row = self.rows[outcome.request.kind]
-        row.ends[outcome.end] += 1
-        row.num_tokens += outcome.num_tokens
-        row.num_compared += outcome.num_compared
-        row.longest_s = max(row.longest_s, outcome.seconds)
+        for row in (self.rows[outcome.request.kind], self.total):
+            row.ends[outcome.end] += 1
+            row.num_tokens += outcome.num_tokens
+            row.num_compared += outcome.num_compared
+            row.longest_s = max(row.longest_s, outcome.seconds)
         if outcome.end is End.FAULT:
             self.faults.append(outcome)
-
-    @property
-    def total(self) -> Row:
-        """The sum of all kinds."""
-        total = Row()
-        for row in self.rows.values():
-            total.num_sent += row.num_sent
-            total.ends += row.ends
-            total.num_tokens += row.num_tokens
-            total.num_compared += row.num_compared
-            total.longest_s = max(total.longest_s, row.longest_s)
-        return total

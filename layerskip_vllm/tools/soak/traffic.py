@@ -9,13 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from layerskip_vllm.tools.server.service import Service
+from layerskip_vllm.tools.soak import refusals
 from layerskip_vllm.tools.soak.questions import Question
-from layerskip_vllm.tools.soak.refusals import (
-    MALFORMED_TEXTS,
-    UNSUPPORTED,
-    WRONG_FIELDS,
-    wrong_layerskip_settings,
-)
 
 COMPLETIONS, CHAT = "v1/completions", "v1/chat/completions"
 _SAMPLED_TOKENS = 32
@@ -91,61 +86,31 @@ class Traffic:
         return self._sample_with(*self._rng.choice(list(_SAMPLED.items())))
 
     def _sample_with(self, name: str, setting: Mapping[str, Any]) -> Request:
-        prompt, max_tokens = self._cut_prompt(_SAMPLED_TOKENS), setting.get("max_tokens")
+        prompt = self._cut_prompt(_SAMPLED_TOKENS)
         num_prompts = self._rng.choice([1, 1, 3])
-        body = {
-            **setting,
-            "prompt": prompt if num_prompts == 1 else [prompt] * num_prompts,
-            "max_tokens": max_tokens or _SAMPLED_TOKENS,
-        }
-        return self._answered(
-            "sampled",
-            name,
-            body,
-            num_choices=num_prompts * setting.get("n", 1),
-            max_tokens=body["max_tokens"],
-        )
+        prompts = prompt if num_prompts == 1 else [prompt] * num_prompts
+        body = {"max_tokens": _SAMPLED_TOKENS, **setting, "prompt": prompts}
+        return self._answered("sampled", name, body, num_choices=num_prompts * setting.get("n", 1))
 
     def _cancel_stream(self) -> Request:
         question = self._rng.choice(self._long_questions())
         after = self._rng.randint(0, max(1, question.body["max_tokens"] // 2))
-        return self._ask(
-            question,
-            {},
-            "cancelled stream",
-            f"{question.kind}, after {after} tokens",
-            is_stream=True,
-            cancel_after_tokens=after,
-        )
+        detail = f"{question.kind}, after {after} tokens"
+        cancel = {"is_stream": True, "cancel_after_tokens": after}
+        return self._ask(question, {}, "cancelled stream", detail, **cancel)
 
     def _cancel(self) -> Request:
         question = self._rng.choice(self._long_questions())
         after_s = self._patience_s()
-        return self._ask(
-            question,
-            {},
-            "cancelled",
-            f"{question.kind}, after {after_s} s",
-            is_stream=False,
-            cancel_after_s=after_s,
-        )
+        detail = f"{question.kind}, after {after_s} s"
+        cancel = {"is_stream": False, "cancel_after_s": after_s}
+        return self._ask(question, {}, "cancelled", detail, **cancel)
 
     def _cancel_samples(self) -> Request:
-        max_tokens = min(128, self.service.max_model_len // 2)
-        body = {
-            "prompt": self._cut_prompt(max_tokens),
-            "n": 3,
-            "temperature": 1,
-            "max_tokens": max_tokens,
-        }
-        return self._answered(
-            "cancelled",
-            "three samples",
-            body,
-            num_choices=3,
-            max_tokens=max_tokens,
-            cancel_after_s=self._patience_s(),
-        )
+        room = min(128, self.service.max_model_len // 2)
+        body = {"prompt": self._cut_prompt(room), "n": 3, "temperature": 1, "max_tokens": room}
+        expected = {"num_choices": 3, "cancel_after_s": self._patience_s()}
+        return self._answered("cancelled", "three samples", body, **expected)
 
     def _too_long(self) -> Request:
         context = self.service.max_model_len
@@ -168,7 +133,7 @@ class Traffic:
             "temperature": self._rng.choice([0, 1]),
         }
         if self.service.is_chat:
-            return self._answered("chat", "chat", body, path=CHAT, max_tokens=_SAMPLED_TOKENS)
+            return self._answered("chat", "chat", body, path=CHAT)
         payload = json.dumps({"model": self.service.model, **body}).encode()
         return Request("chat", "no chat template", payload, CHAT, is_refused=True)
 
@@ -185,35 +150,20 @@ class Traffic:
         return [question for question in self.questions if question.kind in slow]
 
     def _ask(
-        self,
-        question: Question,
-        setting: Mapping[str, Any],
-        kind: str,
-        detail: str,
-        is_stream: bool | None = None,
-        **cancel: Any,
+        self, question: Question, setting: Mapping[str, Any], kind: str, detail: str, **cancel: Any
     ) -> Request:
         prompt, max_tokens = question.body["prompt"], question.body["max_tokens"]
         if not isinstance(prompt, str):
             max_tokens = min(max_tokens, self.service.max_model_len - len(prompt))
-        return self._answered(
-            kind,
-            detail,
-            {**question.body, **setting},
-            is_stream=is_stream,
-            question=question,
-            max_tokens=max_tokens,
-            **cancel,
-        )
+        body = {**question.body, **setting}
+        expected = {"question": question, "max_tokens": max_tokens, **cancel}
+        return self._answered(kind, detail, body, **expected)
 
     def _answered(
-        self,
-        kind: str,
-        detail: str,
-        body: Mapping[str, Any],
-        is_stream: bool | None = None,
-        **expected: Any,
+        self, kind: str, detail: str, body: Mapping[str, Any], **expected: Any
     ) -> Request:
+        expected = {"max_tokens": body["max_tokens"], **expected}
+        is_stream = expected.pop("is_stream", None)
         if is_stream is None:
             # vLLM has no log probabilities of prompts in streams.
             is_stream = "prompt_logprobs" not in body and self._rng.random() < 0.5
@@ -230,12 +180,12 @@ class Traffic:
 def _list_malformed(service: Service) -> list[tuple[str, str, bytes]]:
     """Name, path and payload of each malformed request."""
     body = {"model": service.model, "prompt": "a", "max_tokens": 8}
-    fields = dict(WRONG_FIELDS)
+    fields = dict(refusals.WRONG_FIELDS)
     if service.num_speculative_tokens is not None:
-        own = wrong_layerskip_settings(service.num_speculative_tokens)
-        fields = {**fields, **UNSUPPORTED, **own}
-    named = [(name, COMPLETIONS, text) for name, text in MALFORMED_TEXTS.items()]
-    named += [(name, CHAT, text) for name, text in MALFORMED_TEXTS.items()]
+        own = refusals.wrong_layerskip_settings(service.num_speculative_tokens)
+        fields = {**fields, **refusals.UNSUPPORTED, **own}
+    named = [(name, COMPLETIONS, text) for name, text in refusals.MALFORMED_TEXTS.items()]
+    named += [(name, CHAT, text) for name, text in refusals.MALFORMED_TEXTS.items()]
     return named + [
         (name, COMPLETIONS, json.dumps({**body, **change}).encode())
         for name, change in fields.items()

@@ -99,11 +99,7 @@ class VerifyCommand(Command, VerifyConfig):
     def run(self) -> int:
         from layerskip_vllm.tools.verify import runs
         from layerskip_vllm.tools.verify.comparison import conclude
-        from layerskip_vllm.tools.verify.verdict_report import (
-            build_verdict_table,
-            describe_engines,
-            verdict_to_json,
-        )
+        from layerskip_vllm.tools.verify.verdict_report import build_verdict_table, verdict_to_json
 
         config = self.model_copy(update={"speculative": self._join_speculative_settings()})
         documents = self._read_documents()
@@ -121,7 +117,7 @@ class VerifyCommand(Command, VerifyConfig):
         verdict = conclude(results)
         drafted = results[runs.DRAFTED]
         write_json(self.output_dir / "verify.json", verdict_to_json(config, drafted, verdict))
-        console.print(build_verdict_table(verdict, describe_engines(config, drafted)))
+        console.print(build_verdict_table(config, drafted, verdict))
         for problem in verdict.problems:
             console.print(f"[bold red]{problem}.[/]", soft_wrap=True)
         if not verdict.problems:

@@ -19,17 +19,13 @@ _LABELS = {
 }
 
 
-def describe_engines(config: VerifyConfig, drafted: EngineOutput) -> str:
-    """Say in one line what was run, and on what."""
-    return (
+def build_verdict_table(config: VerifyConfig, drafted: EngineOutput, verdict: Verdict) -> Table:
+    """Lay the comparisons with plain vLLM out, one a line, over what was run and on what."""
+    caption = (
         f"{config.model}, {drafted.dtype}, {drafted.speculation}, Model Runner {drafted.runner} "
         f"on {drafted.device or 'CPU'}; {config.num_prompts} prompts of {config.max_tokens} greedy "
         f"tokens, {config.num_samples} samples a prompt that is sampled from"
     )
-
-
-def build_verdict_table(verdict: Verdict, caption: str) -> Table:
-    """Lay the comparisons with plain vLLM out, one a line."""
     table = Table(title="Against plain vLLM", caption=caption, caption_justify="left")
     table.add_column("run")
     headings = ("greedy: diverge", "not ties", "largest gap", "sampled: p", "distance", "accepted")

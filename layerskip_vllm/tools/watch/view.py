@@ -26,10 +26,8 @@ def draw(url: str, intervals: Sequence[Interval], draft_share: float | None) -> 
     for name, show in _ROWS:
         table.add_row(name, *map(show, intervals))
     drafts = [interval.drafting for interval in intervals]
-    table.add_row("accepted of drafted", *map(_show_acceptance, drafts))
-    table.add_row("mean acceptance length", *map(_show_length, drafts))
     table.add_row("bound on speed-up", *(_show_bound(each, draft_share) for each in drafts))
-    drafting = next((each for each in drafts if each is not None), None)
+    drafting = next(filter(None, drafts), None)
     positions = _draw_positions(drafting) if drafting else Text("nothing drafted yet")
     parts: list[RenderableType] = [table, Text(), positions]
     if (info := intervals[0].end.info) is not None:
@@ -52,21 +50,16 @@ _ROWS: tuple[tuple[str, Callable[[Interval], str]], ...] = (
     ("KV cache in use", lambda i: f"{i.end.kv_cache_usage:.0%}"),
     ("time to first token", lambda i: _show_ms(i.time_to_first_token_s)),
     ("time between outputs", lambda i: _show_ms(i.inter_token_latency_s)),
+    ("accepted of drafted", lambda i: f"{i.drafting.acceptance_rate:.0%}" if i.drafting else "-"),
+    (
+        "mean acceptance length",
+        lambda i: f"{i.drafting.mean_acceptance_length:.2f}" if i.drafting else "-",
+    ),
 )
 
 
 def _show_ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{1e3 * seconds:.1f} ms"
-
-
-def _show_acceptance(drafting: SpecDecodeCounters | None) -> str:
-    if drafting is None:
-        return "-"
-    return f"{drafting.acceptance_rate:.0%}"
-
-
-def _show_length(drafting: SpecDecodeCounters | None) -> str:
-    return "-" if drafting is None else f"{drafting.mean_acceptance_length:.2f}"
 
 
 def _show_bound(drafting: SpecDecodeCounters | None, draft_share: float | None) -> str:
