@@ -6,17 +6,15 @@ SHELL := /bin/bash
 PYTHON_IN_VENV := .venv/bin/python
 ARGS ?=
 IN_TWO := --numprocesses 2 --dist loadfile
-# What there is beside the backend and the training: vLLM's other features and the commands. And
-# what takes both cores for one test. `.ci/run` tests both after the rest.
-FEATURES := tests/engine/features tests/unit/tools
+# What takes both cores for one test.
 SERVICES := tests/e2e/distributed tests/e2e/reliability
 
-.PHONY: help setup test test-production lint types docs package format demo check-gpu check-null-gpu clean
+.PHONY: help setup test test-all lint types docs package format demo check-gpu check-null-gpu clean
 
 help:
 	@echo "make setup           the .venv: vLLM for this machine, the plugin, its tools"
-	@echo "make test            the tests; at most 20 minutes on 2 cores"
-	@echo "make test-production those of vLLM's other features, the commands, several ranks, Ray, load"
+	@echo "make test            the unit tests and the core of the engine's; at most 8 minutes on 2 cores"
+	@echo "make test-all        all tests: vLLM's other features too, servers, ranks, Ray, training runs"
 	@echo "make demo            vLLM with and without layerskip, side by side"
 	@echo "make lint types      what CI checks besides"
 	@echo "make docs            the documentation as a site, in build/site; its links are checked"
@@ -30,10 +28,10 @@ setup:
 	@scripts/setup.sh
 
 test: setup
-	$(PYTHON_IN_VENV) -m pytest $(IN_TWO) $(foreach f,$(FEATURES) $(SERVICES),--ignore $(f)) $(ARGS)
+	$(PYTHON_IN_VENV) -m pytest $(IN_TWO) tests/unit tests/engine/core $(ARGS)
 
-test-production: setup
-	$(PYTHON_IN_VENV) -m pytest $(IN_TWO) $(FEATURES) $(ARGS)
+test-all: setup
+	$(PYTHON_IN_VENV) -m pytest $(IN_TWO) $(SERVICES:%=--ignore %) $(ARGS)
 	$(PYTHON_IN_VENV) -m pytest $(SERVICES) $(ARGS)
 
 lint: setup

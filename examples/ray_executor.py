@@ -6,6 +6,7 @@ In a cluster (`RAY_ADDRESS`, or `ray start` on this machine) or on this machine'
 
 On a CPU, where Ray is told of two GPUs that do not exist:
 
+    pip install ./tests/support/ray_on_cpu
     VLLM_LAYERSKIP_RAY_ON_CPU=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 \
         python examples/ray_executor.py --engine '{"tensor_parallel_size": 2}' --num-gpus 2
 """

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Before torch is imported: small models lose time with more, above all beside other processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.support.checkpoints import make_checkpoint
 from tests.support.engines import Engines, Runner

@@ -109,7 +109,6 @@ def patched_site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     return site
 
 
-@pytest.mark.engine
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_registry_serves_layerskip_without_method_hooks_when_vllm_is_patched(
     patched_site: Path, checkpoint: Callable[..., Path], runner: str

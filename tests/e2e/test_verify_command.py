@@ -84,7 +84,6 @@ def replay(
     return replay
 
 
-@pytest.mark.engine
 def test_command_finds_no_loss_when_there_is_none(verified):
     """Fails by chance twice in a million runs, as each of two comparisons does once."""
     status, report, results = verified
@@ -101,7 +100,6 @@ def test_command_finds_no_loss_when_there_is_none(verified):
     assert [len(sample) for sample in results["layerskip"].samples] == [150] * 4
 
 
-@pytest.mark.engine
 def test_command_finds_the_loss_when_nothing_verifies_the_drafts(verified, replay):
     status, report = replay({"layerskip": verified[2]["unverified"]})
     assert status == 1
@@ -111,7 +109,6 @@ def test_command_finds_the_loss_when_nothing_verifies_the_drafts(verified, repla
     assert sampled.startswith("sampled tokens have another distribution than plain vLLM's (p = ")
 
 
-@pytest.mark.engine
 @pytest.mark.parametrize("is_greedy", [True, False], ids=["greedy", "sampled"])
 def test_command_finds_the_loss_when_only_one_way_of_choosing_tokens_loses(
     verified, replay, is_greedy
@@ -126,7 +123,6 @@ def test_command_finds_the_loss_when_only_one_way_of_choosing_tokens_loses(
     assert problem.startswith("greedy" if is_greedy else "sampled")
 
 
-@pytest.mark.engine
 def test_command_says_that_it_is_blind_when_its_broken_case_is_not_seen(verified, replay):
     status, report = replay({"unverified": verified[2]["layerskip"]})
     assert status == 1
@@ -134,14 +130,12 @@ def test_command_says_that_it_is_blind_when_its_broken_case_is_not_seen(verified
     assert all(problem.startswith("the check can't see a loss") for problem in report["problems"])
 
 
-@pytest.mark.engine
 def test_command_refuses_to_judge_when_plain_vllm_differs_from_itself(verified, replay):
     status, report = replay({"floor": verified[2]["unverified"]})
     assert status == 1
     assert report["problems"][0].startswith("two runs of plain vLLM sample from different distr")
 
 
-@pytest.mark.engine
 def test_command_refuses_to_judge_when_nothing_was_drafted(verified, replay):
     status, report = replay({"layerskip": verified[2]["floor"]})
     assert status == 1
@@ -176,7 +170,6 @@ def test_command_exits_with_usage_when_an_argument_is_no_json_object(capsys):
     assert "'[1]' is no JSON object" in capsys.readouterr().err
 
 
-@pytest.mark.engine
 def test_command_shows_the_log_when_an_engine_does_not_start(tmp_path, capsys):
     status = main(["verify", str(tmp_path / "no-model"), "--output-dir", str(tmp_path)])
     assert status == 2

@@ -19,8 +19,6 @@ from tests.support.engine_process import REPOSITORY, RUNNERS
 from tests.support.engines import Engines
 from tests.support.scenarios import Request, Scenario, tokens
 
-pytestmark = pytest.mark.engine
-
 MODELS = {"a dense model": "llama", "experts": "mixtral"}
 EXIT_LAYER, K = 4, 3
 NUM_TOKENS = 20

@@ -15,8 +15,6 @@ from tests.support.engine_process import RunnerProcess
 from tests.support.ray_cluster import RayCluster
 from tests.support.scenarios import Request, Scenario
 
-pytestmark = pytest.mark.engine
-
 NUM_TOKENS = 48  # as in the example
 
 

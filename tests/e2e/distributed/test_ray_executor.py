@@ -13,8 +13,6 @@ from tests.support.engine_process import RUNNERS, RunnerProcess
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 from tests.support.worker_probe import Served
 
-pytestmark = pytest.mark.engine
-
 EXIT_LAYER, K = 4, 3
 REQUESTS = tuple(Request(tokens(length)) for length in (3, 17, 40, 32, 55, 9))
 SERVE = "tests.support.distributed_job:serve"

@@ -17,8 +17,6 @@ from tests.support.engine_process import RunnerProcess
 from tests.support.ray_cluster import RayCluster
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
-pytestmark = pytest.mark.engine
-
 PROMPT = tokens(17)
 NUM_TOKENS = 24
 

@@ -17,8 +17,6 @@ from tests.support.lora_adapters import make_lora_adapter
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 from tests.support.worker_probe import Served
 
-pytestmark = pytest.mark.engine
-
 EXIT_LAYER, K = 4, 3
 GREEDY = tuple(Request(tokens(length)) for length in (3, 17, 40, 32, 55, 9))
 SEEDED = tuple(

@@ -19,7 +19,7 @@ from layerskip_vllm.tools.soak.questions import Question
 from layerskip_vllm.tools.soak.traffic import Traffic
 from tests.e2e.serving.server import FLAGS, ModelServer
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.timeout(1800)
 
 # Twice what the server runs at once: half are being answered when the process dies, half wait.
 NUM_OPEN = 8

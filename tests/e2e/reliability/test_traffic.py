@@ -11,7 +11,7 @@ import pytest
 from layerskip_vllm.tools.commands import main
 from tests.e2e.serving.server import ModelServer
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.timeout(1800)
 
 MINUTES = 3
 

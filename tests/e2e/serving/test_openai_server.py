@@ -16,8 +16,6 @@ from tests.support.engine_process import RUNNERS
 from tests.support.engines import Engines
 from tests.support.scenarios import Request, Scenario
 
-pytestmark = pytest.mark.engine
-
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 )

@@ -97,7 +97,6 @@ def find(processes: dict[int, dict[str, Any]], name: str) -> dict[int, dict[str,
     return {pid: process for pid, process in processes.items() if name in process["name"]}
 
 
-@pytest.mark.engine
 def test_plugin_is_loaded_in_the_api_server_when_serving(
     server: ModelServer, processes: dict[int, dict[str, Any]]
 ) -> None:
@@ -106,7 +105,6 @@ def test_plugin_is_loaded_in_the_api_server_when_serving(
     assert set(states.values()) <= {"applied", "armed"}
 
 
-@pytest.mark.engine
 def test_plugin_is_loaded_in_the_engine_core_when_serving(
     server: ModelServer, processes: dict[int, dict[str, Any]]
 ) -> None:
@@ -115,7 +113,6 @@ def test_plugin_is_loaded_in_the_engine_core_when_serving(
     assert set(core["states"].values()) <= {"applied", "armed"}
 
 
-@pytest.mark.engine
 def test_plugin_is_loaded_in_each_worker_when_serving_with_tensor_parallelism(
     processes: dict[int, dict[str, Any]],
 ) -> None:
@@ -128,7 +125,6 @@ def test_plugin_is_loaded_in_each_worker_when_serving_with_tensor_parallelism(
         assert set(worker["states"].values()) <= {"applied", "armed"}
 
 
-@pytest.mark.engine
 def test_workers_draft_as_the_yaml_file_says_when_serving_with_tensor_parallelism(
     server: ModelServer,
 ) -> None:
@@ -137,7 +133,6 @@ def test_workers_draft_as_the_yaml_file_says_when_serving_with_tensor_parallelis
     assert counters.num_draft_tokens > counters.num_accepted_tokens > 0
 
 
-@pytest.mark.engine
 def test_no_process_loads_a_command_or_anything_of_training_when_serving(
     processes: dict[int, dict[str, Any]],
 ) -> None:

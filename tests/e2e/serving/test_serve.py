@@ -19,8 +19,6 @@ from layerskip_vllm.checkpoint.weight_shares import read_shares
 from layerskip_vllm.tools.server.metrics import SpecDecodeCounters
 from tests.e2e.serving.server import FLAGS, ModelServer, command, environment
 
-pytestmark = pytest.mark.engine
-
 NUM_SPECULATIVE_TOKENS = 3
 
 

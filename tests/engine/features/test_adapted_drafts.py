@@ -9,13 +9,11 @@ import transformers
 from layerskip_vllm.checkpoint.exit_adapter import load_exit_adapter
 from layerskip_vllm.training.decoder import capture_layer_outputs, find_decoder_parts
 from layerskip_vllm.training.exit_evaluation import complete_greedily, simulate_acceptance
-from tests.engine.test_architectures import REQUESTS  # whose plain engines are served once
+from tests.engine.features.test_architectures import REQUESTS  # whose plain engines are served once
 from tests.support.checkpoints import NUM_LAYERS, VOCAB_SIZE
 from tests.support.checks import assert_same_outputs, assert_some_accepted_some_refused
 from tests.support.exit_adapters import make_exit_adapter
 from tests.support.scenarios import Request, Scenario, layerskip
-
-pytestmark = pytest.mark.engine
 
 EXIT_LAYER = 2
 

@@ -8,8 +8,6 @@ from tests.support.checks import assert_same_outputs, assert_some_accepted_some_
 from tests.support.engine_process import RunnerProcess
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
-pytestmark = pytest.mark.engine
-
 REQUESTS = (
     Request(tokens(20), {"max_tokens": 14}),
     Request(tokens(5), {"max_tokens": 8}),

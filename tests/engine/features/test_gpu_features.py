@@ -11,7 +11,6 @@ from tests.support.engine_process import RunnerProcess
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
 pytestmark = [
-    pytest.mark.engine,
     pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM has both on a GPU"),
 ]
 

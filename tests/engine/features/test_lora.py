@@ -12,7 +12,6 @@ from tests.support.lora_adapters import TARGETS, make_lora_adapter
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
 pytestmark = [
-    pytest.mark.engine,
     pytest.mark.feature("Models and weights", "LoRA, several adapters in one batch"),
 ]
 

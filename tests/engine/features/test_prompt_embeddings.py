@@ -5,7 +5,7 @@ import pytest
 from tests.support.checks import assert_same_outputs, assert_some_accepted_some_refused
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
-pytestmark = [pytest.mark.engine, pytest.mark.feature("Requests", "prompt embeddings")]
+pytestmark = pytest.mark.feature("Requests", "prompt embeddings")
 
 
 def test_outputs_equal_those_of_tokens_when_prompts_are_embeddings(runner, checkpoint):

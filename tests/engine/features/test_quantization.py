@@ -11,8 +11,6 @@ from tests.support.checks import (
 from tests.support.quantized import quantize_to_int8
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
-pytestmark = pytest.mark.engine
-
 REQUESTS = tuple(
     Request(tokens(length, length), {"max_tokens": 16}, joins_at=order)
     for order, length in enumerate((20, 7, 41))

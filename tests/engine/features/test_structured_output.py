@@ -9,7 +9,6 @@ from tests.support.checks import assert_same_outputs, assert_some_accepted_some_
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
 pytestmark = [
-    pytest.mark.engine,
     pytest.mark.feature("Requests", "structured output: JSON schema, regex, choice"),
 ]
 

@@ -7,8 +7,6 @@ from tests.support.checkpoints import NUM_LAYERS
 from tests.support.checks import assert_all_accepted
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
-pytestmark = pytest.mark.engine
-
 
 @pytest.mark.parametrize("change", ["weights", "module"])
 def test_drafts_follow_the_target_when_its_weights_change(runner, checkpoint, change):

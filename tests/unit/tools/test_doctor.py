@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -219,33 +217,6 @@ def test_doctor_reports_a_problem_when_vllm_is_not_installed(
     assert status == 1
     assert report["versions"]["vllm"] is None
     assert report["problems"] == ["vLLM is not installed; install vllm==0.32.0."]
-
-
-def test_command_prints_only_the_report_when_run(checkpoint: Callable[..., Path]) -> None:
-    command = Path(sys.executable).with_name("layerskip-vllm")
-    environment = {key: os.environ[key] for key in os.environ if not key.startswith("VLLM_")}
-    done = subprocess.run(
-        [str(command), "doctor", str(checkpoint("llama"))],
-        env=environment | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    sections = re.findall(r"^(\S.*)$", done.stdout, flags=re.MULTILINE)
-    assert sections == [
-        "versions",
-        "plugin",
-        "hooks",
-        "devices",
-        "checkpoint",
-        "no problem found",
-    ]
-    assert "  exit_layer              2, from a quarter of the layers" in done.stdout
-    assert re.search(
-        r"a draft step reads +\d+\.\d% of the model's bytes \(layers \d+\.\d%, head \d+\.\d%\)",
-        done.stdout,
-    )
 
 
 def test_command_exits_with_usage_when_no_subcommand_is_given(

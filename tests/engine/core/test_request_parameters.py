@@ -11,8 +11,6 @@ from tests.support.checkpoints import NUM_LAYERS
 from tests.support.checks import assert_close_logprobs
 from tests.support.scenarios import Completion, Output, Report, Request, Scenario, layerskip, tokens
 
-pytestmark = pytest.mark.engine
-
 PROMPT = tokens(20)
 MAX_TOKENS = 12
 

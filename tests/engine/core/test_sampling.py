@@ -12,8 +12,6 @@ from layerskip_vllm.tools.verify.statistics import compare_samples
 from tests.support.checks import assert_some_accepted_some_refused
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
-pytestmark = pytest.mark.engine
-
 # The probability that one comparison calls two samples of one distribution different.
 FALSE_ALARM = 1e-6
 VOCAB_SIZE = 24

@@ -10,8 +10,6 @@ from tests.support.checks import (
 )
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
-pytestmark = pytest.mark.engine
-
 ARCHITECTURES = (
     "llama",
     "llama-tied",

@@ -5,8 +5,6 @@ import pytest
 from tests.support.checks import assert_same_outputs
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
-pytestmark = pytest.mark.engine
-
 
 @pytest.mark.parametrize(
     ("architecture", "num_reqs", "least", "most"),

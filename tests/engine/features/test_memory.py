@@ -5,8 +5,6 @@ import pytest
 from tests.support.checks import DRAFTERS
 from tests.support.scenarios import Scenario, layerskip
 
-pytestmark = pytest.mark.engine
-
 
 @pytest.mark.parametrize(
     ("architecture", "part"),
