@@ -142,7 +142,7 @@ def install(entries: Sequence[Entry], digests: DigestTable) -> None:
     patched only when its module is imported makes that import, and every later one, fail in the
     same way.
     """
-    needed = [entry for entry in entries if is_needed(entry, digests)]
+    needed = [entry for entry in entries if digests.get(entry.name, {}) is not None]
     hooks = [entry for entry in needed if isinstance(entry, Hook)]
     pending = [hook for hook in hooks if hook_state(hook) in ("not installed", "refused")]
     if hooks and not pending:
@@ -161,11 +161,6 @@ def _arm(module: str, hooks: Sequence[Hook]) -> None:
     for hook in hooks:
         _states[hook.target] = "armed"
     wrapt.when_imported(module)(lambda imported: _apply(hooks, imported))
-
-
-def is_needed(entry: Entry, digests: DigestTable) -> bool:
-    """Tell whether an entry of the ledger applies to the vLLM that `digests` is of."""
-    return digests.get(entry.name, {}) is not None
 
 
 def check(entry: Entry, digests: DigestTable) -> list[str]:

@@ -22,13 +22,9 @@ TABLES = Path(__file__).with_name("digests")
 ANY = "any"
 
 DigestTable = Mapping[str, Mapping[str, str] | None]
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(number) for number in version.split(".")]
-
-
-SUPPORTED_VLLM_VERSIONS = tuple(sorted((file.stem for file in TABLES.glob("*.json")), key=_numbers))
+SUPPORTED_VLLM_VERSIONS = tuple(
+    sorted((file.stem for file in TABLES.glob("*.json")), key=lambda v: [*map(int, v.split("."))])
+)
 
 
 def read_digests(version: str) -> DigestTable:

@@ -1,8 +1,4 @@
-"""What self-speculative decoding gains at best when reading the weights is all that costs.
-
-Called by `layerskip-vllm exits` for what an exit promises, by `layerskip-vllm watch` for what a
-server could gain, and by `benchmarks.decoding.speedup` for the bound beside what it measures.
-"""
+"""What self-speculative decoding gains at best when reading the weights is all that costs."""
 
 from __future__ import annotations
 

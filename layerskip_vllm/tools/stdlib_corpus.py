@@ -16,19 +16,9 @@ from pathlib import Path
 HELD_OUT_ONE_IN = 16
 
 # Tests and fixtures, other people's packages, and tables of data that merely end in `.py`.
-_EXCLUDED_DIRS = frozenset(
-    [
-        "__pycache__",
-        "_bundled",
-        "dist-packages",
-        "encodings",
-        "idle_test",
-        "lib-dynload",
-        "pydoc_data",
-        "site-packages",
-        "test",
-        "tests",
-    ]
+_EXCLUDED_DIRS = re.compile(
+    r"__pycache__|_bundled|dist-packages|encodings|idle_test|lib-dynload|pydoc_data|site-packages"
+    r"|tests?"
 )
 # Files generated for one machine, and more tables.
 _EXCLUDED_FILES = re.compile(
@@ -51,8 +41,8 @@ def stdlib_root() -> Path:
 
 def is_corpus_path(path: str) -> bool:
     """Return whether the file at `path`, relative to the root, belongs to the corpus."""
-    folders = path.split("/")[:-1]
-    if not path.endswith(".py") or _EXCLUDED_DIRS.intersection(folders):
+    *folders, name = path.split("/")
+    if not name.endswith(".py") or any(map(_EXCLUDED_DIRS.fullmatch, folders)):
         return False
     return _EXCLUDED_FILES.search(path) is None
 
@@ -68,7 +58,7 @@ def corpus_paths(root: Path | None = None) -> list[str]:
     root = stdlib_root() if root is None else root
     paths = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in _EXCLUDED_DIRS]
+        subfolders[:] = [name for name in subfolders if not _EXCLUDED_DIRS.fullmatch(name)]
         relative = Path(folder).relative_to(root)
         paths += [(relative / name).as_posix() for name in names]
     return sorted(path for path in paths if is_corpus_path(path))

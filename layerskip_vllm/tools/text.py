@@ -74,8 +74,7 @@ def _read_line(where: str, line: str) -> str:
         raise ValueError(f"{where} is not JSON: {error}.") from error
     if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
         raise ValueError(f"{where} must be an object whose 'text' is a string.")
-    text: str = entry["text"]
-    return text
+    return str(entry["text"])
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """`layerskip-vllm doctor [MODEL]`: what is installed, whether it fits, and what it would pick.
 
-It goes vLLM's own way to a configuration, so what it refuses is what an engine would refuse, and
-loads no weights.
+It goes vLLM's own way to a configuration, to be refused what an engine would; it loads no weights.
 """
 
 from __future__ import annotations
@@ -122,9 +121,8 @@ def examine_hooks(report: DoctorReport) -> None:
     """Check the ledger against vLLM's source, then install the hooks and import their targets."""
     import vllm
 
-    report.plugin["installed by"] = (
-        f"vLLM's registry, {REGISTRY}" if plugin.has_registry() else "hooks"
-    )
+    registry = f"vLLM's registry, {REGISTRY}"
+    report.plugin["installed by"] = registry if plugin.has_registry() else "hooks"
     is_registered = True
     try:
         plugin.register()
@@ -199,15 +197,13 @@ def _describe_draft(report: DoctorReport, vllm_config: VllmConfig) -> None:
     report.checkpoint["num_speculative_tokens from"] = draft.num_speculative_tokens_source
     num_layers = model_config.get_total_num_hidden_layers()
     shares = read_shares(find_folder(model_config.model), num_layers, draft.exit_layer)
-    report.checkpoint["shares from"] = "the headers of the safetensors files"
+    source = "the headers of the safetensors files"
     if shares is None:
         shares = estimate_shares(model_config, draft.exit_layer)
-        report.checkpoint["shares from"] = "the config, for layers of attention and a gated MLP"
-    if shares is None:
-        del report.checkpoint["shares from"]
-    else:
-        report.checkpoint["share of layers"] = shares.layers
-        report.checkpoint["share of head"] = shares.head
+        source = "the config, for layers of attention and a gated MLP"
+    if shares is not None:
+        report.checkpoint |= {"share of layers": shares.layers, "share of head": shares.head}
+        report.checkpoint["shares from"] = source
     report.devices["model runner"] = _describe_runner(vllm_config)
 
 

@@ -46,22 +46,18 @@ def _hook_rows(report: DoctorReport) -> list[tuple[str, str]]:
 
 
 def _checkpoint_rows(checkpoint: dict[str, Any]) -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for key in ("model", "architecture", "layers", "draft"):
-        if key in checkpoint:
-            rows.append((key, str(checkpoint[key])))
+    rows: list[tuple[str, str]] = [
+        (key, str(checkpoint[key]))
+        for key in ("model", "architecture", "layers", "draft")
+        if key in checkpoint
+    ]
     for key in ("exit_layer", "num_speculative_tokens"):
         if key in checkpoint:
             rows.append((key, f"{checkpoint[key]}, from {checkpoint[f'{key} from']}"))
     if "shares from" in checkpoint:
         layers, head = checkpoint["share of layers"], checkpoint["share of head"]
-        rows.append(
-            (
-                "a draft step reads",
-                f"{layers + head:.1%} of the model's bytes (layers {layers:.1%}, head {head:.1%}), "
-                f"from {checkpoint['shares from']}",
-            )
-        )
+        parts = f"(layers {layers:.1%}, head {head:.1%}), from {checkpoint['shares from']}"
+        rows.append(("a draft step reads", f"{layers + head:.1%} of the model's bytes {parts}"))
     return rows
 
 

@@ -103,9 +103,18 @@ class ExitsCommand(Command, ExitsConfig):
 
     @override
     def run(self) -> int:
+        from layerskip_vllm.tools.exits.picture import draw_exits
+        from layerskip_vllm.tools.exits.tables import build_exit_table, build_speedup_table
+
         console = make_console()
         report = self._measure(console)
-        _show(report, self.output_dir, console)
+        folder = self.output_dir
+        write_json(folder / "exits.json", report.to_json())
+        draw_exits(folder / "exits.png", report)
+        console.print(build_speedup_table(report))
+        console.print(build_exit_table(report))
+        console.print(f"{report.describe()}.", style="bold", soft_wrap=True)
+        console.print(f"Written: {folder}/exits.png and {folder}/exits.json", soft_wrap=True)
         return _write_config(report, Path(self.model), console) if self.write_config else 0
 
     def _measure(self, console: Console) -> ExitReport:
@@ -142,18 +151,6 @@ def _make_progress(console: Console) -> Progress:
         progress.TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
     )
-
-
-def _show(report: ExitReport, output_dir: Path, console: Console) -> None:
-    from layerskip_vllm.tools.exits.picture import draw_exits
-    from layerskip_vllm.tools.exits.tables import build_exit_table, build_speedup_table
-
-    write_json(output_dir / "exits.json", report.to_json())
-    draw_exits(output_dir / "exits.png", report)
-    console.print(build_speedup_table(report))
-    console.print(build_exit_table(report))
-    console.print(f"{report.describe()}.", style="bold", soft_wrap=True)
-    console.print(f"Written: {output_dir}/exits.png and {output_dir}/exits.json", soft_wrap=True)
 
 
 def _write_config(report: ExitReport, folder: Path, console: Console) -> int:

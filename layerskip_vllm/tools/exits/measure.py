@@ -118,8 +118,8 @@ def play_drafts(
     for num in range(1, max_num_speculative_tokens + 1):
         acceptance = simulate_acceptance(matches, num)
         accepted = min(num * acceptance.rate, num)  # rounding may leave it a little above K
-        speedup = bound_speedup(draft_share, num, accepted)
-        drafts.append(Draft(exit_layer, num, acceptance, speedup))
+        bound = bound_speedup(draft_share, num, accepted)
+        drafts.append(Draft(exit_layer, num, acceptance, bound))
     return tuple(drafts)
 
 

@@ -52,15 +52,12 @@ def _write_headline(figure: Figure, report: ExitReport) -> None:
     )
     best = report.best
     share = report.exits[best.exit_layer - 1].draft_share
-    figure.text(
-        _LEFT,
-        0.905,
+    words = (
         f"{best.acceptance.rate:.0%} of the drafts accepted; a draft step reads {share:.0%} of the "
-        f"bytes that a whole step reads, the head alone {report.head_share:.0%}",
-        fontsize=12.5,
-        color=LAYERSKIP if report.pays else WRONG,
-        va="center",
+        f"bytes that a whole step reads, the head alone {report.head_share:.0%}"
     )
+    color = LAYERSKIP if report.pays else WRONG
+    figure.text(_LEFT, 0.905, words, fontsize=12.5, color=color, va="center")
 
 
 def _draw_speedups(axes: Axes, report: ExitReport) -> None:

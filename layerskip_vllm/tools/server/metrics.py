@@ -1,7 +1,4 @@
-"""vLLM's metrics: what a server's `/metrics` or an engine's registry says, and between two looks.
-
-`watch`, `soak`, `verify`, the benchmarks and the tests read speculative counters here alone.
-"""
+"""What a server's `/metrics` or an engine's registry says of vLLM, and between two looks."""
 
 from __future__ import annotations
 

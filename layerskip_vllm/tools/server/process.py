@@ -1,8 +1,4 @@
-"""Starts `vllm serve` as a process group of its own on a free loopback port, and ends all of it.
-
-The benchmarks and the tests serve with it; whatever happens in the `with` block, no process is
-left behind.
-"""
+"""One `vllm serve` for the time of a `with`, for benchmarks and tests; no process stays behind."""
 
 from __future__ import annotations
 

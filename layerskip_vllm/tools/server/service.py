@@ -63,20 +63,16 @@ async def inspect(url: str) -> Service:
                 f"max_model_len of the server at {url} is {max_model_len}; it must be at least "
                 f"{MIN_MODEL_LEN} for long and short requests."
             )
+        async with session.get("metrics") as response:
+            info = LayerSkipInfo.read(text_string_to_metric_families(await response.text()))
         return Service(
             url=url,
             model=model,
             max_model_len=max_model_len,
-            num_speculative_tokens=await _find_num_speculative_tokens(session),
+            num_speculative_tokens=info.num_speculative_tokens if info else None,
             pieces=await _tokenize(session, url, model),
             is_chat=await _can_chat(session, model),
         )
-
-
-async def _find_num_speculative_tokens(session: aiohttp.ClientSession) -> int | None:
-    async with session.get("metrics") as response:
-        info = LayerSkipInfo.read(text_string_to_metric_families(await response.text()))
-    return None if info is None else info.num_speculative_tokens
 
 
 async def _tokenize(

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from layerskip_vllm.tools.server.metrics import is_restarted
-from layerskip_vllm.tools.soak.client import End
+from layerskip_vllm.tools.soak.client import End, Tally
 from layerskip_vllm.tools.soak.monitor import Look, measure_growth_mib
-from layerskip_vllm.tools.soak.tally import Tally
 
 
 @dataclass(frozen=True)

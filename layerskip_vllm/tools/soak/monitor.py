@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import statistics
 import time
 from collections.abc import Sequence
@@ -53,10 +54,8 @@ class Monitor:
         """Look until cancelled; a server that is away is the requests' fault to find."""
         while True:
             await asyncio.sleep(interval_s)
-            try:
+            with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError, ValueError):
                 await self.look()
-            except (TimeoutError, aiohttp.ClientError, OSError, ValueError):
-                continue
 
 
 def read_memory_mib(pid: int) -> float:
@@ -70,10 +69,8 @@ def read_memory_mib(pid: int) -> float:
         raise ProcessLookupError(f"there is no process {pid}") from error
     total = 0
     for process in processes:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):  # a child that has just ended
             total += process.memory_info().rss
-        except psutil.NoSuchProcess:  # a child that has just ended
-            continue
     return total / 2**20
 
 

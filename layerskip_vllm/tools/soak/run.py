@@ -13,11 +13,10 @@ import aiohttp
 
 from layerskip_vllm.tools.server.service import Service, open_session
 from layerskip_vllm.tools.soak.checks import Check, check_all
-from layerskip_vllm.tools.soak.client import End, send
+from layerskip_vllm.tools.soak.client import End, Tally, send
 from layerskip_vllm.tools.soak.command import SoakConfig
 from layerskip_vllm.tools.soak.monitor import Look, Monitor
 from layerskip_vllm.tools.soak.questions import Question
-from layerskip_vllm.tools.soak.tally import Tally
 from layerskip_vllm.tools.soak.traffic import Request, Traffic
 
 _IDLE_TIMEOUT_S = 60.0
@@ -144,13 +143,11 @@ async def _wait_until_idle(
     probe = {"model": service.model, "prompt": "1", "max_tokens": 1}
     end_s = time.monotonic() + _IDLE_TIMEOUT_S
     while time.monotonic() < end_s:
-        try:
+        with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError, ValueError):
             async with session.post("v1/completions", json=probe) as response:
                 await response.read()
             if (await monitor.look()).load == (0, 0, 0.0):
                 return True
-        except (TimeoutError, aiohttp.ClientError, OSError, ValueError):
-            pass
         await asyncio.sleep(0.5)
     return False
 

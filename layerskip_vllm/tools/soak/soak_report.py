@@ -8,10 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from layerskip_vllm.tools.soak.client import End, Outcome
+from layerskip_vllm.tools.soak.client import End, Outcome, Row
 from layerskip_vllm.tools.soak.command import SoakConfig
 from layerskip_vllm.tools.soak.run import Soak
-from layerskip_vllm.tools.soak.tally import Row
 
 _MAX_FAULTS_SHOWN = 10
 _MAX_PAYLOAD_CHARACTERS = 4000

@@ -97,12 +97,13 @@ class VerifyCommand(Command, VerifyConfig):
 
     @override
     def run(self) -> int:
+        from layerskip_vllm.tools.text import read_documents
         from layerskip_vllm.tools.verify import runs
         from layerskip_vllm.tools.verify.comparison import conclude
         from layerskip_vllm.tools.verify.verdict_report import build_verdict_table, verdict_to_json
 
         config = self.model_copy(update={"speculative": self._join_speculative_settings()})
-        documents = self._read_documents()
+        documents = read_documents(self.data) if self.data else None
         prompts = choose_prompts(documents, config.num_prompts, config.num_prompt_tokens)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         console = make_console()
@@ -135,10 +136,3 @@ class VerifyCommand(Command, VerifyConfig):
                     "exclusive; leave one out."
                 )
         return {**self.speculative, **given}
-
-    def _read_documents(self) -> list[str] | None:
-        if not self.data:
-            return None
-        from layerskip_vllm.tools.text import read_documents
-
-        return read_documents(self.data)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams
     from vllm.inputs import TokensPrompt
 
+    from layerskip_vllm.tools.verify.command import VerifyConfig
+
 _NUM_LOGPROBS = 5
 _NUM_SAMPLED_PROMPTS = 4
 # The first comes from the prompt; a draft and its verification follow.
@@ -32,13 +34,11 @@ class ScoredCompletion:
 class EngineJob:
     """What an engine is to do."""
 
-    engine: Mapping[str, Any]  # arguments of vLLM's `LLM`
+    config: VerifyConfig
     prompts: Sequence[str]
-    num_prompt_tokens: int  # to which they are cut
-    is_reversed: bool  # last first and in two halves: batches of other shapes
+    engine: Mapping[str, Any]  # arguments of vLLM's `LLM`
+    is_reversed: bool  # prompts come last first and in two halves: batches of other shapes
     accepts_everything: bool  # verification is taken out of Model Runner V1
-    max_tokens: int  # of a greedy completion
-    num_samples: int  # of each prompt that is sampled from
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,19 @@ def complete(job: EngineJob) -> EngineOutput:
         llm.collective_rpc(accept_everything)
     tokenizer = llm.get_tokenizer()
     prompts: list[TokensPrompt] = [
-        {"prompt_token_ids": tokenizer.encode(text)[: job.num_prompt_tokens]}
+        {"prompt_token_ids": tokenizer.encode(text)[: job.config.num_prompt_tokens]}
         for text in job.prompts
     ]
     config = llm.llm_engine.vllm_config
     speculation = config.speculative_config
     greedy = SamplingParams(
-        temperature=0, max_tokens=job.max_tokens, ignore_eos=True, logprobs=_NUM_LOGPROBS
+        temperature=0, max_tokens=job.config.max_tokens, ignore_eos=True, logprobs=_NUM_LOGPROBS
     )
     sampling = SamplingParams(
         temperature=1,
         max_tokens=_NUM_SAMPLED_TOKENS,
         ignore_eos=True,
-        n=job.num_samples,
+        n=job.config.num_samples,
         detokenize=False,
     )
     completions = _generate(llm, prompts, greedy, job.is_reversed)

@@ -65,15 +65,7 @@ def make_job(
                 "rejection_sample_method": "synthetic",
                 "synthetic_acceptance_rates": rates,
             }
-    return EngineJob(
-        engine=engine,
-        prompts=prompts,
-        num_prompt_tokens=config.num_prompt_tokens,
-        is_reversed=name == FLOOR,
-        accepts_everything=accepts_everything,
-        max_tokens=config.max_tokens,
-        num_samples=config.num_samples,
-    )
+    return EngineJob(config, prompts, engine, name == FLOOR, accepts_everything)
 
 
 def run_engine(name: str, job: EngineJob, folder: Path) -> EngineOutput:

@@ -58,11 +58,7 @@ class WatchCommand(Command):
         return 0
 
     def _watch(self, live: Live) -> None:
-        from layerskip_vllm.tools.server.metrics import (
-            is_restarted,
-            measure_interval,
-            read_sample,
-        )
+        from layerskip_vllm.tools.server.metrics import is_restarted, measure_interval, read_sample
         from layerskip_vllm.tools.watch.view import draw
 
         first = before = read_sample(self.url)
