@@ -14,7 +14,7 @@ import functools
 import os
 import statistics
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +93,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         """Start with no function watched."""
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._part = ""
         self._since_s = 0.0
 
@@ -113,9 +113,9 @@ class Stopwatch:
         # A function, not a partial, so that it is a method where the one it replaces was.
         setattr(owner, function_name, lambda *args, **kwargs: measure(*args, **kwargs))
 
-    def take(self) -> Counter[str]:
+    def take(self) -> Mapping[str, float]:
         """Return the seconds of each part since it was last asked."""
-        seconds, self._seconds = self._seconds, Counter()
+        seconds, self._seconds = self._seconds, defaultdict(float)
         return seconds
 
     def _call(self, part: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -174,11 +174,11 @@ def time_steps(
     for part, functions in (STEP_PARTS if is_plain else {**DRAFT_PARTS, **STEP_PARTS}).items():
         for function in functions:
             stopwatch.watch(part, function)
-    steps: list[Counter[str]] = []
+    steps: list[Mapping[str, float]] = []
     engine_step = LLMEngine.step
 
-    def step(engine: LLMEngine) -> Any:
-        outputs = engine_step(engine)
+    def step(self: LLMEngine) -> Any:
+        outputs = engine_step(self)
         steps.append(stopwatch.take())
         return outputs
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,6 +24,7 @@ from benchmarks.decoding.engines import COUNTING_ENGINE, Engine, run_engines
 from layerskip_vllm.tools import stdlib_corpus
 from layerskip_vllm.tools.commands import main as run_command
 from layerskip_vllm.tools.hardware import describe_hardware
+from layerskip_vllm.tools.output import make_console, write_json
 from layerskip_vllm.tools.prompts import held_out_prompts
 
 MODEL = Path("checkpoints/stdlib-24l")
@@ -110,7 +110,7 @@ def compare(folder: Path, updated: Path) -> list[Result]:
 
 
 def _accepted(engine: Engine, prompts: list[list[int]]) -> float:
-    return engine.run_round(prompts, MAX_TOKENS, temperature=0.0).acceptance
+    return engine.run_round(prompts, MAX_TOKENS, temperature=0.0).counters.acceptance_rate
 
 
 def main() -> None:
@@ -126,7 +126,7 @@ def main() -> None:
     table = Table("drafts of", "accepted before", "after", title="Weights changed in place")
     for result in results:
         table.add_row(result.system, f"{result.before:.0%}", f"{result.after:.0%}")
-    console = Console()
+    console = make_console()
     console.print(describe_hardware(), f"{options.num_steps} steps between the weights")
     console.print(table)
     report = {
@@ -134,7 +134,7 @@ def main() -> None:
         "num_steps": options.num_steps,
         "results": [dataclasses.asdict(result) for result in results],
     }
-    (options.folder / "live-weights.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(options.folder / "live-weights.json", report)
 
 
 if __name__ == "__main__":

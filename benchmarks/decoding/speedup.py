@@ -17,16 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from benchmarks.decoding.engines import Engine, Measurement, run_engines
 from benchmarks.decoding.speedup_report import (
     BYTES_PER_WEIGHT,
     describe_run,
     make_table,
-    write_json,
+    to_json,
 )
-from benchmarks.decoding.speedup_summary import find_missed_bars, summarize
+from benchmarks.decoding.speedup_summary import find_missed_thresholds, summarize
 from benchmarks.decoding.synthetic_checkpoint import (
     DEFAULT_FOLDER,
     MAX_POSITIONS,
@@ -38,6 +36,7 @@ from benchmarks.decoding.synthetic_checkpoint import (
 )
 from benchmarks.decoding.weight_counts import count_weights
 from layerskip_vllm.tools.hardware import list_gpu_names
+from layerskip_vllm.tools.output import make_console, write_json
 
 SYSTEMS = ("plain", "layerskip", "draft_model", "ngram")
 LOG_FOLDER = Path("benchmark-output/logs")
@@ -57,18 +56,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     engine_args = {
         system: make_engine_args(system, options, checkpoint) for system in options.systems
     }
-    with run_engines(engine_args, LOG_FOLDER) as engines:
+    with run_engines(engine_args, LOG_FOLDER, options.engine_process) as engines:
         results = measure(engines, options, spec.vocab_size)
         facts = {engine.system: engine.facts for engine in engines}
     summaries = summarize(results, counts, options)
     notes = describe_run(checkpoint, counts, facts, summaries, options)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = make_console()
     for note in notes:
         console.print(note, soft_wrap=True)
     console.print(make_table(summaries, facts, counts, options))
     if options.output:
-        write_json(options.output, notes, facts, results, summaries)
-    missed = find_missed_bars(summaries) if options.check else []
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.output, to_json(notes, facts, results, summaries))
+    missed = find_missed_thresholds(summaries) if options.check else []
     for words in missed:
         console.print(f"missed at batch 1: {words}", style="red")
     return 1 if missed else 0
@@ -110,7 +110,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoints", type=Path, default=DEFAULT_FOLDER)
     parser.add_argument("--output", type=Path, help="JSON file for all figures")
-    parser.add_argument("--check", action="store_true", help="exit 1 if a bar is missed at batch 1")
+    parser.add_argument(
+        "--check", action="store_true", help="exit 1 if a threshold is missed at batch 1"
+    )
     options = parser.parse_args(arguments)
     options.preset = options.preset or ("gpu-1b" if list_gpu_names() else "cpu-0.6b")
     if options.exit_layer is None:
@@ -179,7 +181,6 @@ def make_engine_args(
         "enable_prefix_caching": False,
         "disable_log_stats": False,
         "speculative_config": speculative_config,
-        "is_engine_process": options.engine_process,
     }
 
 

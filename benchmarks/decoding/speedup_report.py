@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -86,8 +85,7 @@ def describe_run(
     """Return the lines above the table: machine, versions, model and what the bound is."""
     facts = next(iter(engines.values()))
     size = BYTES_PER_WEIGHT[options.dtype]
-    prefix = options.exit_layer * counts.layer / counts.whole
-    head = counts.head / counts.whole
+    shares = counts.shares(options.exit_layer)
     num_tokens = options.num_speculative_tokens
     lines = [
         f"{describe_hardware()}; {facts.num_threads} threads; vLLM {version('vllm')}, "
@@ -99,8 +97,9 @@ def describe_run(
         f"{options.repeats} rounds of {options.max_tokens} tokens after "
         f"{options.num_prompt_tokens} prompt tokens, systems in turn; "
         f"temperature {options.temperature:g}; prefill not counted",
-        f"bound = (accepted + 1) / (K * (prefix + head) + whole) = (accepted + 1) / "
-        f"({num_tokens} * ({prefix:.4f} + {head:.4f}) + 1), bytes read in shares of the whole",
+        f"bound = (accepted + 1) / (K * (layers + head) + whole) = (accepted + 1) / "
+        f"({num_tokens} * ({shares.layers:.4f} + {shares.head:.4f}) + 1), bytes read in "
+        "shares of the whole",
     ]
     for line in summaries:
         if line.system == "plain" and line.batch_size == 1:
@@ -109,26 +108,23 @@ def describe_run(
     return lines
 
 
-def write_json(
-    path: Path,
+def to_json(
     notes: Sequence[str],
     engines: Mapping[str, Facts],
     results: Mapping[int, Mapping[str, Sequence[Measurement]]],
     summaries: Sequence[Summary],
-) -> None:
-    """Write the conditions, the lines of the table and every round, without its tokens."""
+) -> dict[str, Any]:
+    """Return the conditions, the lines of the table and every round, without its tokens."""
     rounds = [
         {"batch_size": batch_size, "system": system, "repeat": repeat}
-        | {name: value for name, value in vars(each).items() if name != "tokens"}
+        | {name: value for name, value in dataclasses.asdict(each).items() if name != "tokens"}
         for batch_size, by_system in results.items()
         for system, measurements in by_system.items()
         for repeat, each in enumerate(measurements)
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
+    return {
         "conditions": notes,
         "engines": {system: dataclasses.asdict(facts) for system, facts in engines.items()},
         "summary": [dataclasses.asdict(line) for line in summaries],
         "rounds": rounds,
     }
-    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""What the rounds of `benchmarks.decoding.speedup` add up to: medians, ratios, bounds and bars."""
+"""What the rounds of `benchmarks.decoding.speedup` add up to, and which thresholds they miss."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from benchmarks.decoding.engines import Measurement
 from benchmarks.decoding.weight_counts import WeightCounts
 from layerskip_vllm.tools.speedup_bound import bound_speedup
+from layerskip_vllm.tools.tokens import first_difference
 
 MIN_SHARE_OF_BOUND = 0.85
 MIN_SPEEDUP = 1.5
@@ -76,12 +77,12 @@ def _summarize_system(
     if plain:
         ratios = [ours / theirs.tokens_per_s for ours, theirs in zip(rates, plain, strict=True)]
         speedup = statistics.median(ratios)
-    if num_rounds := sum(each.num_rounds for each in rounds):
-        num_accepted = sum(each.num_accepted for each in rounds)
-        acceptance = num_accepted / sum(each.num_drafted for each in rounds)
-        accepted = num_accepted / num_rounds
+    if num_drafts := sum(each.counters.num_drafts for each in rounds):
+        num_accepted = sum(each.counters.num_accepted_tokens for each in rounds)
+        acceptance = num_accepted / sum(each.counters.num_draft_tokens for each in rounds)
+        accepted = num_accepted / num_drafts
         if system in ("layerskip", "draft_model"):
-            draft_share = counts.draft_share(options.exit_layer)
+            draft_share = counts.shares(options.exit_layer).total
             bound = bound_speedup(draft_share, options.num_speculative_tokens, accepted)
     same_texts, same_tokens = compare_texts(rounds, plain) if plain else (None, None)
     return Summary(
@@ -108,24 +109,23 @@ def compare_texts(
     num_texts = num_equal = num_tokens = num_same = 0
     for ours, theirs in zip(rounds, plain, strict=True):
         for text, reference in zip(ours.tokens, theirs.tokens, strict=True):
-            differences = (i for i, token in enumerate(reference) if text[i] != token)
-            first = next(differences, len(reference))
+            first = first_difference(text, reference)
             num_texts, num_equal = num_texts + 1, num_equal + (first == len(reference))
             num_tokens, num_same = num_tokens + len(reference), num_same + first
     return num_equal / num_texts, num_same / num_tokens
 
 
-def find_missed_bars(summaries: Sequence[Summary]) -> list[str]:
-    """Return in words what layerskip misses at batch 1; nothing if it meets every bar.
+def find_missed_thresholds(summaries: Sequence[Summary]) -> list[str]:
+    """Return in words what layerskip misses at batch 1; nothing if it meets every threshold.
 
     Args:
         summaries: All lines of the table.
 
     Returns:
-        A sentence a bar.
+        A sentence a threshold.
 
     Raises:
-        ValueError: If a system that the bars speak of was not measured at batch 1.
+        ValueError: If a system that the thresholds speak of was not measured at batch 1.
     """
     measured = {line.system: line for line in summaries if line.batch_size == 1}
     if missing := {"plain", "layerskip", "draft_model"} - measured.keys():
@@ -137,9 +137,11 @@ def find_missed_bars(summaries: Sequence[Summary]) -> list[str]:
     ours, draft_model = measured["layerskip"], measured["draft_model"]
     missed = []
     if (ours.share_of_bound or 0.0) < MIN_SHARE_OF_BOUND:
-        missed.append(f"{ours.share_of_bound or 0.0:.2f} of the bound; bar {MIN_SHARE_OF_BOUND}")
+        missed.append(
+            f"{ours.share_of_bound or 0.0:.2f} of the bound; threshold {MIN_SHARE_OF_BOUND}"
+        )
     if (ours.speedup or 0.0) < MIN_SPEEDUP:
-        missed.append(f"{ours.speedup or 0.0:.2f} times plain vLLM; bar {MIN_SPEEDUP}")
+        missed.append(f"{ours.speedup or 0.0:.2f} times plain vLLM; threshold {MIN_SPEEDUP}")
     if ours.tokens_per_s <= draft_model.tokens_per_s:
         missed.append(
             f"{ours.tokens_per_s:.1f} tokens/s, not faster than draft_model with "

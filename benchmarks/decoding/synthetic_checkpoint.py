@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaForCausalLM
 
 DEFAULT_FOLDER = Path("benchmark-output/checkpoints")
 REPORT_NAME = "synthetic.json"
@@ -172,7 +171,7 @@ def read_checkpoint(folder: Path) -> SyntheticCheckpoint:
     return SyntheticCheckpoint(folder=folder, draft_folder=draft_folder, **report)
 
 
-def _build_model(spec: SyntheticSpec) -> LlamaForCausalLM:
+def _build_model(spec: SyntheticSpec) -> Any:
     """Return a random model in bfloat16, on the GPU if there is one.
 
     Every projection keeps the size of what it gets, as far as it can: a block adds about 0.6 to
@@ -186,7 +185,7 @@ def _build_model(spec: SyntheticSpec) -> LlamaForCausalLM:
     config = _make_config(spec)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model: Any = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
     model.to_empty(device=device)
     model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
     generator = torch.Generator().manual_seed(spec.seed)
@@ -220,8 +219,8 @@ def _make_config(spec: SyntheticSpec, num_layers: int | None = None) -> Any:
     )
 
 
-def _lean_head(model: LlamaForCausalLM, spec: SyntheticSpec) -> None:
-    """Mixes into the head's row of each token's successor as much of the token as needed."""
+def _lean_head(model: Any, spec: SyntheticSpec) -> None:
+    """Mix into the head's row of each token's successor as much of the token as needed."""
     import torch
 
     with _scaled_late_layers(model, spec.exit_layer, 0.0):
@@ -263,7 +262,7 @@ def make_prompts(vocab_size: int, num_prompts: int, num_tokens: int, seed: int) 
 
 @contextmanager
 def _scaled_late_layers(model: Any, exit_layer: int, scale: float) -> Iterator[None]:
-    """Multiplies what layers from E on add to the residual stream."""
+    """Multiply what layers from E on add to the residual stream."""
     handles = [
         projection.register_forward_hook(lambda module, inputs, output: output * scale)
         for layer in model.model.layers[exit_layer:]

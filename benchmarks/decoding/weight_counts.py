@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from layerskip_vllm.checkpoint.weight_shares import WeightShares
+
 
 @dataclass(frozen=True)
 class WeightCounts:
@@ -39,13 +41,17 @@ class WeightCounts:
         return self.whole + self.embedding
 
     def read_by_draft(self, exit_layer: int) -> int:
-        """Count what one draft step reads: the first E layers and the head.
+        """Count what one draft step reads: the first E layers and the head."""
+        return exit_layer * self.layer + self.head
+
+    def shares(self, exit_layer: int) -> WeightShares:
+        """Return what a draft step reads, as parts of what a step of the whole model reads.
 
         Args:
             exit_layer: E, the number of layers that draft.
 
         Returns:
-            The number of weights.
+            The shares.
 
         Raises:
             ValueError: If `exit_layer` is not one of the model's layers.
@@ -55,11 +61,7 @@ class WeightCounts:
                 f"exit_layer is {exit_layer}, but the model has {self.num_layers} layers; "
                 f"it must be between 1 and {self.num_layers}."
             )
-        return exit_layer * self.layer + self.head
-
-    def draft_share(self, exit_layer: int) -> float:
-        """Return what one draft step reads, as a share of what a step of the whole model reads."""
-        return self.read_by_draft(exit_layer) / self.whole
+        return WeightShares.from_sizes([self.layer] * self.num_layers, self.head, exit_layer)
 
 
 def count_weights(config: Mapping[str, Any]) -> WeightCounts:

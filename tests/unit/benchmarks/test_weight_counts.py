@@ -60,12 +60,12 @@ def test_count_weights_reads_head_but_no_embedding_when_they_are_tied():
     assert untied.total - tied.total == 2048 * 128256
 
 
-def test_draft_share_is_prefix_and_head_by_whole_when_counted_by_hand():
+def test_shares_are_first_layers_and_head_by_whole_when_counted_by_hand():
     # Whole: 10 * 9 + 10 = 100. One draft from 2 layers: 2 * 9 + 10 = 28.
-    assert ROUND.draft_share(exit_layer=2) == pytest.approx(0.28)
+    assert ROUND.shares(exit_layer=2).total == pytest.approx(0.28)
 
 
 @pytest.mark.parametrize("exit_layer", [0, 11])
-def test_draft_share_refuses_exit_layer_when_it_is_no_layer(exit_layer):
+def test_shares_refuse_exit_layer_when_it_is_no_layer(exit_layer):
     with pytest.raises(ValueError, match=rf"exit_layer is {exit_layer}.*between 1 and 10"):
-        ROUND.draft_share(exit_layer)
+        ROUND.shares(exit_layer)
