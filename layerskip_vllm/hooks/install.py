@@ -142,6 +142,7 @@ def install(entries: Sequence[Entry], digests: DigestTable) -> None:
     patched only when its module is imported makes that import, and every later one, fail in the
     same way.
     """
+    # An entry whose digests are null is not needed in this version.
     needed = [entry for entry in entries if digests.get(entry.name, {}) is not None]
     hooks = [entry for entry in needed if isinstance(entry, Hook)]
     pending = [hook for hook in hooks if hook_state(hook) in ("not installed", "refused")]

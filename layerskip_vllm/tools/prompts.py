@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -109,9 +110,7 @@ def _function_body_offsets(text: str) -> list[int]:
         tree = ast.parse(text)
     except SyntaxError:
         return []
-    line_starts = [0]
-    for line in text.split("\n"):
-        line_starts.append(line_starts[-1] + len(line) + 1)
+    line_starts = [0, *itertools.accumulate(len(line) + 1 for line in text.split("\n"))]
     offsets = []
     for node in ast.walk(tree):
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):

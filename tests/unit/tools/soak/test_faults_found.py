@@ -110,7 +110,8 @@ def test_soak_finds_a_fault_when_the_server_misbehaves_once(
 def test_soak_finds_a_hang_when_an_answer_takes_too_long() -> None:
     server = FakeServer(once("hang", **GREEDY))
     result = soak(server, kinds=("question",), num_requests=60, timeout_s=1.5)
-    assert "no end after 1.5 s" in [found.reason for found in result.tally.faults]
+    # A busy machine says so a little later.
+    assert any(found.reason.startswith("no end after ") for found in result.tally.faults)
 
 
 def test_soak_finds_wrong_tokens_when_it_leaves_a_stream() -> None:
