@@ -103,7 +103,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="requests at once; several numbers are measured one after another (default: 1 8)",
     )
     add("--num-prompts", type=_positive_int, default=16, help="prompts a round")
-    add("--max-tokens", type=_positive_int, default=128, help="most tokens a completion")
+    add("--max-tokens", type=_positive_int, default=96, help="most tokens a completion")
     add("--rounds", type=_positive_int, default=3, help="rounds on each server")
     add("--output-dir", type=Path, default=_DEFAULT_OUTPUT_DIR)
     add("vllm_args", nargs="*", metavar="-- VLLM_ARGS")
