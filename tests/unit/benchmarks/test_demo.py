@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.serving.client import Completion, Round
+from benchmarks.serving.comparison import compare_rounds
 from benchmarks.serving.demo import main, parse_args
 from benchmarks.serving.vllm_command import (
     LAYERSKIP,
@@ -14,6 +16,8 @@ from benchmarks.serving.vllm_command import (
     build_env,
     resolve_vllm,
 )
+from layerskip_vllm.tools.server.metrics import SpecDecodeCounters
+from tests.unit.benchmarks.test_comparison import SETTING
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -47,6 +51,26 @@ def test_main_names_the_model_when_it_does_not_exist(capsys, tmp_path):
 def test_main_names_the_limit_when_there_are_too_few_prompts(capsys):
     assert main(["--num-prompts", "1000000"]) == 2
     assert "num_prompts must be at most" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("layerskip_ids", "status"), [((1, 2, 3), 0), ((1, 2, 9), 1)])
+def test_main_says_the_headline_and_exits_with_1_when_a_token_differs(
+    layerskip_ids, status, capsys, tmp_path, monkeypatch
+):
+    def run(args, console):
+        rounds = [
+            [Round((Completion(token_ids, 0.1, 0.5),), duration_s=1.0)]
+            for token_ids in ((1, 2, 3), layerskip_ids)
+        ]
+        counters = SpecDecodeCounters(1, 2, 1, (1, 0))
+        return [compare_rounds(1, *rounds, counters)], SETTING
+
+    monkeypatch.setattr("benchmarks.serving.demo.run", run)
+    assert main(["--output-dir", str(tmp_path)]) == status
+    headline = capsys.readouterr().out.splitlines()[0]
+    assert headline.startswith("one request: 1.00 times plain vLLM (3 against 3 tokens a second)")
+    assert headline.endswith("all 3 tokens the same") == (status == 0)
+    assert {path.name for path in tmp_path.iterdir()} == {"demo.json", "demo.png"}
 
 
 def test_commands_differ_in_the_speculative_flags_alone():
