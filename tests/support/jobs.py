@@ -23,6 +23,15 @@ def serve(scenario: Scenario) -> Report:
         return Server(llm, scenario).run()
 
 
+def serve_twice(scenario: Scenario) -> tuple[Report, Report]:
+    """Serve a scenario's requests with one engine, and once more with the same."""
+    with shared_engine(scenario) as first:
+        before = Server(first, scenario).run()
+    with shared_engine(scenario) as second:
+        assert second is first
+        return before, Server(second, scenario).run()
+
+
 def serve_alone(scenario: Scenario) -> Report:
     """Serve a scenario's requests with a new engine, the only one of its process."""
     with engine(scenario) as llm:

@@ -62,6 +62,17 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
+def wait_until_rewritten(folder: Path) -> None:
+    """Wait until the probes of all living processes have begun to write anew, and have done so."""
+    for _ in range(2):
+        now = time.time()
+        while any(
+            file.stat().st_mtime < now and Path("/proc", file.stem).exists()
+            for file in folder.glob("*.json")
+        ):
+            time.sleep(0.1)
+
+
 @pytest.fixture(scope="module")
 def server(
     checkpoint: Callable[..., Path], probe: Path, tmp_path_factory: pytest.TempPathFactory
@@ -83,7 +94,7 @@ def server(
         variables=variables,
     ) as server:
         server.complete("hello", max_tokens=30, ignore_eos=True)
-        time.sleep(2)  # for the probes to write once more
+        wait_until_rewritten(folder)
         yield server
 
 
