@@ -147,7 +147,7 @@ def test_json_holds_the_result_and_the_commands():
     assert result["setting"]["commands"]["plain"] == "vllm serve m"
 
 
-@pytest.mark.parametrize("loads", [(1,), (1, 8), (1, 8, 64)])
+@pytest.mark.parametrize("loads", [(1,), (1, 8), (16, 128, 256)])
 def test_picture_is_a_png_without_a_text_past_its_edge_or_on_another(loads, tmp_path):
     comparisons = [make_comparison(concurrency=concurrency) for concurrency in loads]
     figure = make_figure(comparisons, SETTING)
