@@ -153,3 +153,20 @@ def read_losses(output_dir: Path) -> list[dict[str, float]]:
         for entry in history
         if "loss" in entry
     ]
+
+
+def assert_accumulation_changes_nothing(make: Any, path: Path, settings: Any) -> None:
+    """Rows have different numbers of labels, so a mean of micro-batches' means would differ."""
+    logs = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        trainer = make(
+            path,
+            settings,
+            max_steps=3,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+        )
+        trainer.train()
+        logs.append(step_logs(trainer))
+    for whole, accumulated in zip(*logs, strict=True):
+        assert accumulated == pytest.approx(whole, rel=1e-4)
