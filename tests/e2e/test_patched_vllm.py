@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 
 from layerskip_vllm.hooks.vllm_source import SUPPORTED_VLLM_VERSIONS
 from tests.support.engine_process import RUNNERS
+from tests.support.scripts import see
 
 PATCHES = Path(__file__).parents[2] / "patches"
 
@@ -74,7 +73,7 @@ try:
     refusal = ""
 except ValueError as error:
     refusal = str(error)
-print("result:" + json.dumps({
+print("seen:" + json.dumps({
     "is_patched": vllm.__file__.startswith(sys.argv[2]),
     "method_hooks": sorted({hook_state(hook) for hook in METHOD_HOOKS}),
     "fixes": sorted({hook_state(hook) for hook in FIXES}),
@@ -134,13 +133,4 @@ def _run_script(site: Path, model: Path, runner: str) -> dict[str, Any]:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "HF_HUB_OFFLINE": "1",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(model), str(site)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("result:"))
-    return json.loads(line.removeprefix("result:"))
+    return see(SCRIPT, model, site, env=environment)

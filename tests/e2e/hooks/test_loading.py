@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from layerskip_vllm.plugin import LEDGER
 from tests.e2e.serving.server import environment
+from tests.support.scripts import see
 
 ARGS_HOOKS = {entry.name for entry in LEDGER if ":EngineArgs." in entry.name}
 V1_HOOK = "vllm.v1.spec_decode.draft_model:DraftModelProposer.__new__"
@@ -88,28 +86,14 @@ print("seen:" + json.dumps(seen))
 """
 
 
-def see(script: str) -> Any:
-    """What a script prints, run in a new process."""
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("seen:"))
-    return json.loads(line.removeprefix("seen:"))
-
-
 @pytest.fixture(scope="module")
 def seen() -> dict[str, Any]:
     """What is imported, and how far the hooks are, in a process that registers the plugin."""
-    return see(REGISTER)
+    return see(REGISTER, env=environment())
 
 
 def test_package_imports_neither_vllm_nor_torch_when_imported() -> None:
-    packages = see(PACKAGE)
+    packages = see(PACKAGE, env=environment())
     assert "layerskip_vllm" in packages
     assert {"vllm", "torch", "transformers", "triton", "numpy"}.isdisjoint(packages)
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,6 +9,7 @@ import pytest
 from layerskip_vllm.hooks.install import Hook
 from layerskip_vllm.hooks.method_hooks import METHOD_HOOKS
 from layerskip_vllm.hooks.vllm_fixes import FIXES
+from tests.support.scripts import see
 
 HOOKS = (*METHOD_HOOKS, *FIXES)
 
@@ -58,13 +55,7 @@ print("seen:" + json.dumps(seen))
 @pytest.fixture(scope="module")
 def seen() -> dict[str, Any]:
     """What registration says with each target patched in turn, twice in each of two ways."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=inherited, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("seen:"))
-    return json.loads(line.removeprefix("seen:"))
+    return see(SCRIPT)
 
 
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.target.split(".")[-1])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.e2e.serving.server import environment
+from tests.support.scripts import see
 
 SCRIPT = """
 import json, torch
@@ -36,17 +34,7 @@ print("seen:" + json.dumps(seen))
 @pytest.fixture(scope="module")
 def seen() -> dict[str, str]:
     """The shape of the limited logits or the error, in a process before and after registration."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env={**inherited, "VLLM_PLUGINS": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("seen:"))
-    return json.loads(line.removeprefix("seen:"))
+    return see(SCRIPT, env=environment(VLLM_PLUGINS=""))
 
 
 @pytest.mark.parametrize(("state", "outcome"), [("fixed", "(0, 3)"), ("plain", "numel() == 0")])
