@@ -34,7 +34,7 @@ def register() -> None:
     check_version(vllm.__version__, is_check_skipped=os.environ.get(SKIP_VERSION_CHECK) == "1")
     install(entries_here(), read_digests(vllm.__version__))
     if has_registry():
-        method_hooks.register()
+        method_hooks.register_method()
     wrapt.when_imported(LOADERS)(_register_load_format)
 
 

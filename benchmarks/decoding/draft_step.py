@@ -200,7 +200,7 @@ def time_steps(
 # --- In the parent ------------------------------------------------------------------------------
 
 
-def make_table(batch_size: int, plain: Timing, layerskip: Timing) -> Table:
+def make_step_table(batch_size: int, plain: Timing, layerskip: Timing) -> Table:
     """Lay one batch size out: microseconds a step, and what they come to for a token."""
     table = Table(title=f"{batch_size} at once: microseconds a step")
     table.add_column("part")
@@ -244,7 +244,7 @@ def main() -> None:
     console.print(describe_hardware())
     for batch_size in options.batch_sizes:
         console.print(
-            make_table(batch_size, *(by_size[batch_size] for by_size in timings.values()))
+            make_step_table(batch_size, *(by_size[batch_size] for by_size in timings.values()))
         )
 
 

@@ -33,7 +33,7 @@ NUM_PROMPTS, MAX_TOKENS = 16, 96
 
 
 @dataclass(frozen=True)
-class Result:
+class UpdatedDrafts:
     """What a system drafted before and after the change.
 
     Attributes:
@@ -82,7 +82,7 @@ def train_on(folder: Path, num_steps: int) -> None:
         raise RuntimeError(f"`layerskip-vllm train {recipe}` failed; see above.")
 
 
-def compare(folder: Path, updated: Path) -> list[Result]:
+def compare_drafters(folder: Path, updated: Path) -> list[UpdatedDrafts]:
     """Run both systems with the old weights and, in the same engines, with the new ones."""
     draft = folder / "old-first-layers"
     model = AutoModelForCausalLM.from_pretrained(MODEL, num_hidden_layers=EXIT_LAYER)
@@ -105,7 +105,7 @@ def compare(folder: Path, updated: Path) -> list[Result]:
         with run_engines({name: engine_arguments}, folder) as (engine,):
             before = _accepted(engine, prompts)
             engine.reload_weights(updated.resolve())
-            results.append(Result(name, before, _accepted(engine, prompts)))
+            results.append(UpdatedDrafts(name, before, _accepted(engine, prompts)))
     return results
 
 
@@ -122,7 +122,7 @@ def main() -> None:
     updated = options.folder / f"after-{options.num_steps}-steps"
     if not (updated / "model.safetensors").exists():
         train_on(updated, options.num_steps)
-    results = compare(options.folder, updated)
+    results = compare_drafters(options.folder, updated)
     table = Table("drafts of", "accepted before", "after", title="Weights changed in place")
     for result in results:
         table.add_row(result.system, f"{result.before:.0%}", f"{result.after:.0%}")

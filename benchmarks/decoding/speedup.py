@@ -21,8 +21,8 @@ from benchmarks.decoding.engines import Engine, Measurement, run_engines
 from benchmarks.decoding.speedup_report import (
     BYTES_PER_WEIGHT,
     describe_run,
-    make_table,
-    to_json,
+    make_speedup_table,
+    speedups_to_json,
 )
 from benchmarks.decoding.speedup_summary import find_missed_thresholds, summarize
 from benchmarks.decoding.synthetic_checkpoint import (
@@ -57,17 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         system: make_engine_args(system, options, checkpoint) for system in options.systems
     }
     with run_engines(engine_args, LOG_FOLDER, options.engine_process) as engines:
-        results = measure(engines, options, spec.vocab_size)
+        results = time_engines(engines, options, spec.vocab_size)
         facts = {engine.system: engine.facts for engine in engines}
     summaries = summarize(results, counts, options)
     notes = describe_run(checkpoint, counts, facts, summaries, options)
     console = make_console()
     for note in notes:
         console.print(note, soft_wrap=True)
-    console.print(make_table(summaries, facts, counts, options))
+    console.print(make_speedup_table(summaries, facts, counts, options))
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.output, to_json(notes, facts, results, summaries))
+        write_json(options.output, speedups_to_json(notes, facts, results, summaries))
     missed = find_missed_thresholds(summaries) if options.check else []
     for words in missed:
         console.print(f"missed at batch 1: {words}", style="red")
@@ -184,7 +184,7 @@ def make_engine_args(
     }
 
 
-def measure(
+def time_engines(
     engines: Sequence[Engine], options: argparse.Namespace, vocab_size: int
 ) -> dict[int, dict[str, list[Measurement]]]:
     """Run all rounds, the engines in turn, and return them by batch size and system."""

@@ -19,7 +19,7 @@ from layerskip_vllm.tools.hardware import describe_hardware
 BYTES_PER_WEIGHT = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
-def make_table(
+def make_speedup_table(
     summaries: Sequence[Summary],
     engines: Mapping[str, Facts],
     counts: WeightCounts,
@@ -108,7 +108,7 @@ def describe_run(
     return lines
 
 
-def to_json(
+def speedups_to_json(
     notes: Sequence[str],
     engines: Mapping[str, Facts],
     results: Mapping[int, Mapping[str, Sequence[Measurement]]],

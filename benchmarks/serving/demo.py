@@ -21,13 +21,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from benchmarks.serving.comparison import Comparison, compare_rounds
-from benchmarks.serving.picture import make_figure
+from benchmarks.serving.picture import make_demo_figure
 from benchmarks.serving.report import (
     RunSetting,
     build_table,
-    describe_result,
+    comparisons_to_json,
+    describe_gains,
     is_every_token_same,
-    to_json,
 )
 from benchmarks.serving.rounds import ProgressBar, ask, measure_in_turns
 from benchmarks.serving.vllm_command import (
@@ -74,11 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     is_same = is_every_token_same(comparisons)
     console.print(
-        describe_result(comparisons), style="bold green" if is_same else "bold red", soft_wrap=True
+        describe_gains(comparisons), style="bold green" if is_same else "bold red", soft_wrap=True
     )
     console.print(build_table(comparisons, setting))
-    write_json(args.output_dir / "demo.json", to_json(comparisons, setting))
-    make_figure(comparisons, setting).savefig(args.output_dir / "demo.png")
+    write_json(args.output_dir / "demo.json", comparisons_to_json(comparisons, setting))
+    make_demo_figure(comparisons, setting).savefig(args.output_dir / "demo.png")
     console.print(f"Written: {args.output_dir}/demo.png and {args.output_dir}/demo.json")
     return 0 if is_same else 1
 

@@ -14,7 +14,7 @@ from layerskip_vllm.tools.chart_style import INK, LAYERSKIP, MUTED, PLAIN, TRACK
 _LEFT = 0.03
 
 
-def make_figure(comparisons: Sequence[Comparison], setting: RunSetting) -> Figure:
+def make_demo_figure(comparisons: Sequence[Comparison], setting: RunSetting) -> Figure:
     """Return the picture.
 
     Args:

@@ -73,7 +73,7 @@ def describe_equality(comparisons: Sequence[Comparison]) -> str:
     )
 
 
-def describe_result(comparisons: Sequence[Comparison]) -> str:
+def describe_gains(comparisons: Sequence[Comparison]) -> str:
     """Return the headline: what each number of requests gains, and that no token changes."""
     gains = [
         f"{comparison.load}: {comparison.speedup:.2f} times plain vLLM "
@@ -122,10 +122,10 @@ def build_table(comparisons: Sequence[Comparison], setting: RunSetting) -> Table
     return table
 
 
-def to_json(comparisons: Sequence[Comparison], setting: RunSetting) -> dict[str, Any]:
+def comparisons_to_json(comparisons: Sequence[Comparison], setting: RunSetting) -> dict[str, Any]:
     """Return everything that was measured, with the setting, as a JSON object."""
     return {
-        "headline": describe_result(comparisons),
+        "headline": describe_gains(comparisons),
         "every_token_same": is_every_token_same(comparisons),
         "setting": dataclasses.asdict(setting) | {"drafting": setting.drafting.model_dump()},
         "comparisons": [

@@ -168,7 +168,7 @@ def start_variants(shape: Shape) -> Iterator[dict[str, Connection]]:
             process.join()
 
 
-def measure(shape: Shape, num_steps: int) -> list[Cost]:
+def measure_costs(shape: Shape, num_steps: int) -> list[Cost]:
     """Train all variants in turn, for their time and then for their memory."""
     seconds, peaks = run_in_turn(shape, num_steps)
     if not torch.cuda.is_available():
@@ -194,7 +194,7 @@ def run_in_turn(shape: Shape, num_steps: int) -> tuple[dict[str, list[float]], d
     return seconds, peaks
 
 
-def make_table(costs: list[Cost]) -> Table:
+def make_cost_table(costs: list[Cost]) -> Table:
     """Return the table that is printed; the first variant is what the others compare with."""
     table = Table("recipe", title="Cost of a training step")
     for heading in ("time", "by plain", "peak memory", "by plain"):
@@ -218,10 +218,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
     shape = GPU_SHAPE if torch.cuda.is_available() else CPU_SHAPE
-    costs = measure(shape, options.num_steps)
+    costs = measure_costs(shape, options.num_steps)
     console = Console()
     console.print(describe_hardware(), shape, f"{options.num_steps} steps of each, in turn")
-    console.print(make_table(costs))
+    console.print(make_cost_table(costs))
     if options.output:
         report = {
             "hardware": describe_hardware(),

@@ -50,7 +50,7 @@ NUM_PROMPTS, MAX_TOKENS = 32, 128
 
 
 @dataclass(frozen=True)
-class Result:
+class RecipeResult:
     """What a variant has become, on held-out text."""
 
     variant: str
@@ -59,7 +59,7 @@ class Result:
     acceptance: float  # accepted by drafted tokens in vLLM, greedy, with E = L / 4
 
 
-def train(variant: str, folder: Path, num_steps: int) -> None:
+def train_variant(variant: str, folder: Path, num_steps: int) -> None:
     """Train a variant, in the proportions of the embedded checkpoint's run."""
     share = num_steps / 2000
     lengths = {
@@ -106,7 +106,7 @@ def train_adapter(model: Path, folder: Path, num_steps: int) -> None:
 
 
 @torch.inference_mode()
-def measure_exits(model_folder: Path) -> tuple[float, dict[int, float]]:
+def measure_agreements(model_folder: Path) -> tuple[float, dict[int, float]]:
     """Return the last layer's held-out loss, and by E the exits' agreement with it."""
     model, sequences = _load(model_folder)
     held_out = measure_held_out(model, sequences)
@@ -156,7 +156,7 @@ def count_accepted(model: Path, log_folder: Path, **speculative_config: Any) -> 
         return engine.run_round(prompts, MAX_TOKENS, temperature=0.0).counters.acceptance_rate
 
 
-def compare(folder: Path, num_steps: int) -> list[Result]:
+def compare_recipes(folder: Path, num_steps: int) -> list[RecipeResult]:
     """Train what is not there and measure all."""
     results = []
     for variant in VARIANTS:
@@ -164,18 +164,18 @@ def compare(folder: Path, num_steps: int) -> list[Result]:
         if "," in variant:
             model = model.with_name(model.name + "-distilled")
         if not (model / "training.json").exists():
-            train(variant, model, num_steps)
-        last_loss, agreements = measure_exits(model)
-        results.append(Result(variant, last_loss, agreements, count_accepted(model, folder)))
+            train_variant(variant, model, num_steps)
+        last_loss, agreements = measure_agreements(model)
+        results.append(RecipeResult(variant, last_loss, agreements, count_accepted(model, folder)))
     model, adapter = folder / PLAIN, folder / "adapter"
     if not (adapter / "exit_adapter.json").exists():
         train_adapter(model, adapter, num_steps)
     agreements = {**results[0].agreements, EXIT_LAYERS[0]: measure_adapter(model, adapter)}
     acceptance = count_accepted(model, folder, exit_adapter=str(adapter))
-    return [*results, Result(ADAPTER, results[0].last_loss, agreements, acceptance)]
+    return [*results, RecipeResult(ADAPTER, results[0].last_loss, agreements, acceptance)]
 
 
-def make_table(results: Sequence[Result]) -> Table:
+def make_recipe_table(results: Sequence[RecipeResult]) -> Table:
     """Return the table that is printed."""
     table = Table("recipe", title="What each part of the recipe does")
     for heading in (
@@ -199,10 +199,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("benchmark-output/recipes"))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    results = compare(options.folder, options.num_steps)
+    results = compare_recipes(options.folder, options.num_steps)
     console = Console()
     console.print(describe_hardware(), f"{options.num_steps} steps of 2048 tokens each")
-    console.print(make_table(results))
+    console.print(make_recipe_table(results))
     report = {
         "hardware": describe_hardware(),
         "num_steps": options.num_steps,

@@ -93,7 +93,9 @@ def make_distill_loss(parts: DecoderParts, config: PretrainConfig) -> EarlyExitL
     )
 
 
-def train(model: LlamaForCausalLM, token_ids: torch.Tensor, config: PretrainConfig) -> None:
+def train_in_place(
+    model: LlamaForCausalLM, token_ids: torch.Tensor, config: PretrainConfig
+) -> None:
     """Train the model in place."""
     settings = config.make_settings()
     optimizer = make_optimizer(model, config)
@@ -183,7 +185,7 @@ def pretrain(out: Path, config: PretrainConfig) -> dict[str, Any]:
     held_out_ids = encode_files(tokenizer, held_out_files)
     model = build_model(config, tokenizer.eos_token_id)
     start, cpu_start = time.perf_counter(), time.process_time()
-    train(model, token_ids, config)
+    train_in_place(model, token_ids, config)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     num_tokens = config.num_steps * config.tokens_per_step
     report = {

@@ -1,7 +1,7 @@
 """The hooks that make layerskip a speculative method of vLLM, one place each.
 
-`plugin` installs them. Where vLLM has a registry of methods (`patches/vllm-*.diff`), `register`
-gives it the same functions in their stead.
+`plugin` installs them. Where vLLM has a registry of methods (`patches/vllm-*.diff`),
+`register_method` gives it the same functions in their stead.
 """
 
 from __future__ import annotations
@@ -322,7 +322,7 @@ def _is_config(config: SpeculativeConfig | None) -> bool:
     return isinstance(config, LayerSkipConfig)
 
 
-def register() -> None:
+def register_method() -> None:
     """Give vLLM's registry of speculative methods, where there is one, what the hooks call."""
     from layerskip_vllm.config.info_metric import publish_info
     from layerskip_vllm.config.request import check_request

@@ -22,10 +22,10 @@ _SPEEDUP_COLORS = LinearSegmentedColormap.from_list("speedup", ["#9aa5b1", "#fff
 
 def draw_exits(path: Path, report: ExitReport) -> None:
     """Write the picture of every exit to a `.png` file."""
-    make_figure(report).savefig(path)
+    make_exits_figure(report).savefig(path)
 
 
-def make_figure(report: ExitReport) -> Figure:
+def make_exits_figure(report: ExitReport) -> Figure:
     """Return the picture: speed-up by E and K, agreement and loss by E, one above the other."""
     figure = Figure(figsize=(12, 10), dpi=150, facecolor="white")
     speedup, agreement, loss = figure.subplots(

@@ -10,13 +10,13 @@ from rich.console import Console
 
 from benchmarks.serving.client import Completion, Round
 from benchmarks.serving.comparison import Mismatch, compare_rounds, summarize_speed
-from benchmarks.serving.picture import make_figure
+from benchmarks.serving.picture import make_demo_figure
 from benchmarks.serving.report import (
     RunSetting,
     build_table,
-    describe_result,
+    comparisons_to_json,
+    describe_gains,
     is_every_token_same,
-    to_json,
 )
 from layerskip_vllm.tools.server.metrics import LayerSkipInfo, SpecDecodeCounters
 
@@ -104,7 +104,7 @@ def test_compare_raises_when_nothing_was_drafted():
 
 def test_headline_says_what_one_and_many_gain_and_that_no_token_changes():
     one, many = make_comparison(concurrency=1), make_comparison(concurrency=8)
-    assert describe_result([one, many]) == (
+    assert describe_gains([one, many]) == (
         "one request: 1.25 times plain vLLM (4 against 4 tokens a second); "
         "8 requests: 1.25 times plain vLLM (4 against 4 tokens a second); all 42 tokens the same"
     )
@@ -112,7 +112,7 @@ def test_headline_says_what_one_and_many_gain_and_that_no_token_changes():
 
 def test_headline_says_where_when_tokens_differ():
     comparisons = [make_comparison(concurrency=1), make_comparison((1, 2, 9, 4, 5))]
-    assert describe_result(comparisons).endswith(
+    assert describe_gains(comparisons).endswith(
         "TOKENS DIFFER in 3 of 12 completions, first with 2 requests in prompt 0 at token 2"
     )
 
@@ -136,7 +136,9 @@ def test_table_says_what_was_measured_and_on_what():
 
 
 def test_json_holds_the_result_and_the_commands():
-    content = to_json([make_comparison(concurrency=1), make_comparison((1, 9))], SETTING)
+    content = comparisons_to_json(
+        [make_comparison(concurrency=1), make_comparison((1, 9))], SETTING
+    )
     result = json.loads(json.dumps(content))
     assert result["every_token_same"] is False
     assert result["headline"].startswith("one request: 1.25 times")
@@ -150,7 +152,7 @@ def test_json_holds_the_result_and_the_commands():
 @pytest.mark.parametrize("loads", [(1,), (1, 8), (16, 128, 256)])
 def test_picture_is_a_png_without_a_text_past_its_edge_or_on_another(loads, tmp_path):
     comparisons = [make_comparison(concurrency=concurrency) for concurrency in loads]
-    figure = make_figure(comparisons, SETTING)
+    figure = make_demo_figure(comparisons, SETTING)
     figure.savefig(tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     boxes = [text.get_window_extent() for text in figure.findobj(Text) if text.get_text()]

@@ -8,7 +8,13 @@ import pytest
 from rich.console import Console
 
 from benchmarks.decoding import draft_step
-from benchmarks.decoding.draft_step import DRAFT_PARTS, STEP_PARTS, Stopwatch, Timing, make_table
+from benchmarks.decoding.draft_step import (
+    DRAFT_PARTS,
+    STEP_PARTS,
+    Stopwatch,
+    Timing,
+    make_step_table,
+)
 
 
 class Clock:
@@ -92,7 +98,7 @@ def test_table_says_what_the_times_come_to():
     plain = Timing(parts | {"target": 1000.0}, tokens_per_step=1.0)
     layerskip = Timing(parts | {"target": 1200.0, "draft: head": 300.0}, tokens_per_step=3.0)
     console = Console(width=100, file=io.StringIO())
-    console.print(make_table(8, plain, layerskip))
+    console.print(make_step_table(8, plain, layerskip))
     text = console.file.getvalue()
     for part in ("8 at once", "1000", "1500", "300", "3.00", "2.00"):
         assert part in text

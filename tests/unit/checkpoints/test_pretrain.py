@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from checkpoints.stdlib.pretrain import learning_rate_factor, train
+from checkpoints.stdlib.pretrain import learning_rate_factor, train_in_place
 from checkpoints.stdlib.pretrain_config import PretrainConfig, parse_args
 from checkpoints.stdlib.small_model import (
     build_model,
@@ -41,7 +41,7 @@ SMALL = PretrainConfig(
 def make_trained(config: PretrainConfig) -> transformers.LlamaForCausalLM:
     token_ids = torch.randint(300, (2000,), generator=torch.Generator().manual_seed(7))
     model = build_model(config, eos_token_id=0)
-    train(model, token_ids, config)
+    train_in_place(model, token_ids, config)
     return model
 
 

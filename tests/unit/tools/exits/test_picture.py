@@ -4,7 +4,7 @@ import pytest
 from matplotlib.patches import Rectangle
 
 from layerskip_vllm.tools.exits.exit_report import Draft, Exit, ExitReport
-from layerskip_vllm.tools.exits.picture import draw_exits, make_figure
+from layerskip_vllm.tools.exits.picture import draw_exits, make_exits_figure
 from layerskip_vllm.training.exit_evaluation import Acceptance
 
 
@@ -28,7 +28,7 @@ def make_report(num_layers: int, max_k: int, best: tuple[int, int], speedup: flo
 )
 def test_picture_marks_the_best_when_drawn(tmp_path, num_layers, max_k, best, speedup):
     report = make_report(num_layers, max_k, best, speedup)
-    figure = make_figure(report)
+    figure = make_exits_figure(report)
     heatmap, *lines = figure.axes
     (frame,) = [each for each in heatmap.patches if isinstance(each, Rectangle)]
     assert (frame.get_x() + 0.5, frame.get_y() + 0.5) == best
