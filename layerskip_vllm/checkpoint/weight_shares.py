@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ class WeightShares:
     """
 
     layers: float  # the first E
-    head: float
+    head: float  # its rows that drafts choose among
     adapter: float = 0.0  # an exit adapter's weights, in the same unit; no part of the target
 
     @classmethod
@@ -40,6 +40,10 @@ class WeightShares:
         """Make shares of the sizes of each layer, the head and an adapter, all in one unit."""
         whole = sum(layers) + head
         return cls(sum(layers[:exit_layer]) / whole, head / whole, adapter / whole)
+
+    def with_draft_vocab(self, share: float) -> WeightShares:
+        """Return the shares where drafts choose among so much of the vocabulary, 0 to 1."""
+        return replace(self, head=self.head * share)
 
     @property
     def total(self) -> float:

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 METHOD = "layerskip"
 
 # Layerskip's own settings, and the flags that they have beside vLLM's `--speculative-config`.
-FLAG_OF_SETTING = {"exit_layer": "--spec-exit-layer", "exit_adapter": "--spec-exit-adapter"}
+FLAG_OF_SETTING = {
+    "exit_layer": "--spec-exit-layer",
+    "exit_adapter": "--spec-exit-adapter",
+    "draft_vocab": "--spec-draft-vocab",
+}
 
 
 def add_speculative_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -52,6 +56,12 @@ def add_speculative_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         metavar="FOLDER",
         default=None,
         help="An adapter that makes the exit draft better; it brings E and K. Default: none.",
+    )
+    group.add_argument(
+        "--spec-draft-vocab",
+        metavar="FILE",
+        default=None,
+        help="The tokens that drafts choose among, for a smaller head. Default: all.",
     )
     return parser
 

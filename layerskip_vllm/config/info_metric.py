@@ -16,7 +16,7 @@ NAME = "vllm:layerskip_info"
 
 
 def publish_info(stat_logger: PrometheusStatLogger) -> None:
-    """Add a gauge that is 1, whose labels are E, K, L and where E and K come from.
+    """Add a gauge that is 1, whose labels are E, K, L, and where E and K come from.
 
     Like vLLM's own `cache_config_info` it has one series an engine, the same from all API servers.
     """
@@ -29,6 +29,7 @@ def publish_info(stat_logger: PrometheusStatLogger) -> None:
         "num_speculative_tokens_source": config.num_speculative_tokens_source,
         "num_layers": str(config.target_model_config.get_total_num_hidden_layers()),
         "exit_adapter": config.exit_adapter or "",
+        "draft_vocab_size": str(config.draft_vocab_size),
     }
     gauge = stat_logger._gauge_cls(
         name=NAME,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
     from vllm.engine.arg_utils import EngineArgs
 
+    from layerskip_vllm.checkpoint.draft_vocab import DraftVocab
     from layerskip_vllm.checkpoint.entry import DraftSettings
     from layerskip_vllm.checkpoint.exit_adapter import ExitAdapterConfig
 
@@ -58,9 +59,11 @@ def check_settings(settings: Mapping[str, Any], has_lora: bool) -> None:
     for key in ("exit_layer", "num_speculative_tokens"):
         if key in settings:
             check_positive_int(key, settings[key])
-    adapter = settings.get("exit_adapter")
-    if adapter is not None and not isinstance(adapter, str):
-        raise ValueError(f"exit_adapter is {adapter!r}; it must be the path of a folder.")
+    for key, what in (("exit_adapter", "folder"), ("draft_vocab", "file")):
+        if key in settings and not isinstance(settings[key], str):
+            raise ValueError(f"{key} is {settings[key]!r}; it must be the path of a {what}.")
+    if "draft_vocab" in settings:
+        _check_head(settings, has_lora)
     if not settings.get("use_local_argmax_reduction"):
         return
     if settings.get("draft_sample_method") == "probabilistic":
@@ -72,6 +75,34 @@ def check_settings(settings: Mapping[str, Any], has_lora: bool) -> None:
         raise ValueError(
             "use_local_argmax_reduction is true and enable_lora is true, but vLLM's head with "
             "adapters gives whole logits alone; leave one of them out."
+        )
+
+
+def _check_head(settings: Mapping[str, Any], has_lora: bool) -> None:
+    """Refuse what needs the target's whole head in the draft steps."""
+    for name, is_set, reason in (
+        (
+            "use_local_argmax_reduction",
+            settings.get("use_local_argmax_reduction"),
+            "it is for whole heads, whose logits are many",
+        ),
+        ("enable_lora", has_lora, "an adapter changes logits that a draft vocabulary leaves out"),
+    ):
+        if is_set:
+            raise ValueError(
+                f"draft_vocab is {settings['draft_vocab']!r} and {name} is true, but {reason}; "
+                "leave one of them out."
+            )
+
+
+def check_draft_vocab(file: Path, draft_vocab: DraftVocab, model_config: ModelConfig) -> None:
+    """Refuse a draft vocabulary of another model."""
+    vocab_size = model_config.get_vocab_size()
+    if draft_vocab.vocab_size != vocab_size:
+        raise ValueError(
+            f"draft_vocab is {str(file)!r}, which was made for a model whose vocab_size is "
+            f"{draft_vocab.vocab_size}, but {model_config.model} has {vocab_size}; it must be the "
+            "model's own."
         )
 
 

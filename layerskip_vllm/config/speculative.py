@@ -15,11 +15,13 @@ from vllm.config.speculative import SpeculativeConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
 
+from layerskip_vllm.checkpoint.draft_vocab import read_draft_vocab
 from layerskip_vllm.checkpoint.entry import DraftSettings, Setting, default_settings
 from layerskip_vllm.checkpoint.exit_adapter import read_exit_adapter_config
 from layerskip_vllm.config.flags import read_settings
 from layerskip_vllm.config.refusals import (
     check_draft,
+    check_draft_vocab,
     check_engine,
     check_exit_adapter,
     check_model,
@@ -54,6 +56,12 @@ class LayerSkipConfig(SpeculativeConfig):
     exit_adapter: str | None = None
     """The folder of the adapter between the exit and the head, None for the plain exit."""
 
+    draft_vocab: str | None = None
+    """The file of the tokens that drafts choose among, None for all."""
+
+    draft_vocab_size: int = 0
+    """How many tokens drafts choose among."""
+
     def __post_init__(self) -> None:
         """Take the place of vLLM's search for a draft checkpoint: there is none."""
         self.method = "draft_model"
@@ -74,16 +82,16 @@ class LayerSkipConfig(SpeculativeConfig):
     def compute_hash(self) -> str:
         """Hash what shapes the compiled graphs: the target's factors and where drafting exits.
 
-        An exit adapter comes after the compiled stage, whose graph is the same with it and without.
+        An exit adapter and the head come after the compiled stage, whose graph is the same with
+        any of them.
         """
         return f"{super().compute_hash()}-exit{self.exit_layer}"
 
     def __repr__(self) -> str:
-        adapter = f", exit_adapter={self.exit_adapter!r}" if self.exit_adapter else ""
-        return (
-            f"LayerSkipConfig(exit_layer={self.exit_layer}, "
-            f"num_speculative_tokens={self.num_speculative_tokens}{adapter})"
-        )
+        names = ["exit_layer", "num_speculative_tokens"]
+        names += [name for name in ("exit_adapter", "draft_vocab") if getattr(self, name)]
+        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return f"LayerSkipConfig({values})"
 
 
 def get_layerskip_config(vllm_config: VllmConfig) -> LayerSkipConfig:
@@ -113,6 +121,13 @@ def create_layerskip_config(
         folder = Path(settings["exit_adapter"]).expanduser().resolve()
         draft = _adapter_settings(folder, settings.get("exit_layer"), model_config)
         settings["exit_adapter"] = str(folder)
+    draft_vocab_size = model_config.get_vocab_size()
+    if "draft_vocab" in settings:
+        file = Path(settings["draft_vocab"]).expanduser().resolve()
+        draft_vocab = read_draft_vocab(file)
+        check_draft_vocab(file, draft_vocab, model_config)
+        settings["draft_vocab"] = str(file)
+        draft_vocab_size = len(draft_vocab.token_ids)
     given = {key: settings.pop(key) for key in vars(draft) if key in settings}
     draft = replace(draft, **{key: Setting(value, "the user") for key, value in given.items()})
     check_draft(draft, model_config)
@@ -124,6 +139,7 @@ def create_layerskip_config(
         exit_layer_source=draft.exit_layer.source,
         num_speculative_tokens=draft.num_speculative_tokens.value,
         num_speculative_tokens_source=draft.num_speculative_tokens.source,
+        draft_vocab_size=draft_vocab_size,
         **settings,
     )
     logger.info(

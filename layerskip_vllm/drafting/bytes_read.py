@@ -10,11 +10,15 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from layerskip_vllm.checkpoint.weight_shares import WeightShares
+from layerskip_vllm.drafting.draft_head import DraftHead
 from layerskip_vllm.drafting.stages import find_sliceable_model, layers_of
 
 
 def share_of_bytes(
-    target: nn.Module, exit_layer: int, exit_adapter: nn.Module | None = None
+    target: nn.Module,
+    exit_layer: int,
+    exit_adapter: nn.Module | None = None,
+    draft_head: DraftHead | None = None,
 ) -> WeightShares:
     """Add up the bytes that a draft step reads of a model on this rank.
 
@@ -22,6 +26,7 @@ def share_of_bytes(
         target: The whole model, as vLLM loaded it.
         exit_layer: E, the number of layers that draft.
         exit_adapter: What a draft step reads besides the model, None for nothing.
+        draft_head: What it reads in the place of the model's head, None for that.
 
     Returns:
         The shares.
@@ -32,7 +37,10 @@ def share_of_bytes(
     # Without a head of its own the model unembeds with its embedding.
     head = sum(num_bytes(module) for module in heads or embeddings)
     adapter = sum(weight.nbytes for weight in exit_adapter.buffers()) if exit_adapter else 0
-    return WeightShares.from_sizes(layers, head, exit_layer, adapter)
+    shares = WeightShares.from_sizes(layers, head, exit_layer, adapter)
+    if draft_head is None:
+        return shares
+    return shares.with_draft_vocab(num_bytes(draft_head.head) / head)
 
 
 def num_bytes(module: nn.Module) -> int:

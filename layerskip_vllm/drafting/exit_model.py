@@ -15,6 +15,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from layerskip_vllm.checkpoint.exit_adapter import ExitAdapter, load_exit_adapter
 from layerskip_vllm.config.speculative import get_layerskip_config
+from layerskip_vllm.drafting.draft_head import DraftHead
 from layerskip_vllm.drafting.kv_transfer import without_kv_connector
 from layerskip_vllm.drafting.stages import (
     find_sliceable_model,
@@ -38,6 +39,8 @@ class ExitModel(nn.Module):
         exit_adapter: What corrects the stage's outputs for the head, None for nothing. Whole on
             every rank; its weights are buffers, which vLLM keeps through sleep of level 2, and no
             part of what a checkpoint's weights are loaded into again.
+        draft_head: The rows of the head that drafts choose among, None for the target's own head.
+            Copies, which vLLM may drop when the engine sleeps: they are made anew of new weights.
         attn_layer_names: The attention layers among the first E, by their names in vLLM's forward
             context; their KV cache is what draft steps read and write.
     """
@@ -47,6 +50,7 @@ class ExitModel(nn.Module):
     stage: nn.Module
     staged_target: nn.Module
     exit_adapter: ExitAdapter | None
+    draft_head: DraftHead | None
     attn_layer_names: set[str]
 
     def __init__(self, target: nn.Module, exit_layer: int, vllm_config: VllmConfig):
@@ -80,8 +84,11 @@ class ExitModel(nn.Module):
         self.__dict__["stage"] = make_stage(
             inner, exit_layer, vllm_config, is_eager=bool(config.enforce_eager)
         )
-        self.__dict__["staged_target"] = put_in_place(self.stage, inner, target)
+        self.__dict__["staged_target"] = put_in_place({inner: self.stage}, target)
         self.exit_adapter = _load_exit_adapter(config.exit_adapter, vllm_config)
+        self.draft_head = (
+            DraftHead(target, config.draft_vocab, vllm_config) if config.draft_vocab else None
+        )
         if hasattr(target, "get_top_tokens"):
             self.get_top_tokens = target.get_top_tokens
         elif config.use_local_argmax_reduction:
@@ -125,9 +132,23 @@ class ExitModel(nn.Module):
         )
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Apply the target's head: `[num_tokens, hidden_size]` to `[num_tokens, vocab_size]`."""
-        logits: torch.Tensor | None = self.target.compute_logits(hidden_states)
+        """Apply the head: `[num_tokens, hidden_size]` to `[num_tokens, vocab_size]`.
+
+        With a draft head there are only its tokens' logits, in its order.
+        """
+        head = self.target if self.draft_head is None else self.draft_head
+        logits: torch.Tensor | None = head.compute_logits(hidden_states)
         return logits
+
+    def expect_weights(self) -> None:
+        """Note that the target's weights have changed, or are about to."""
+        if self.draft_head is not None:
+            self.draft_head.is_stale = True
+
+    def follow_weights(self) -> None:
+        """Copy anew what is copied of the target's weights, if they have changed."""
+        if self.draft_head is not None:
+            self.draft_head.refresh()
 
 
 def _load_exit_adapter(folder: str | None, vllm_config: VllmConfig) -> ExitAdapter | None:

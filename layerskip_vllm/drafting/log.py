@@ -15,8 +15,9 @@ logger = init_logger("vllm.layerskip")
 def log_drafting(model: ExitModel, config: LayerSkipConfig, runner: str, graphs: str) -> None:
     """Log what drafts, with how much of the model, on which runner, with which CUDA graphs."""
     adapter = model.exit_adapter
-    shares = share_of_bytes(model.target, config.exit_layer, adapter)
-    parts = [f"layers {shares.layers:.1%}", f"head {shares.head:.1%}"]
+    shares = share_of_bytes(model.target, config.exit_layer, adapter, model.draft_head)
+    head = "head" if model.draft_head is None else f"head of {config.draft_vocab_size:,} tokens"
+    parts = [f"layers {shares.layers:.1%}", f"{head} {shares.head:.1%}"]
     if adapter is not None:
         parts.append(f"exit adapter of rank {adapter.config.rank} {shares.adapter:.1%}")
     logger.info_once(

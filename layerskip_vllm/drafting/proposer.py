@@ -199,6 +199,7 @@ class LayerSkipProposer(DraftModelProposer):
         needs.
         """
         self._last_draft_probs = None
+        self.model.follow_weights()
         num_reqs = common_attn_metadata.batch_size()
         if num_speculative_tokens == 0:
             return next_token_ids.new_empty((num_reqs, 0), dtype=torch.int64)
@@ -324,6 +325,17 @@ class LayerSkipProposer(DraftModelProposer):
             attn_metadata |= dict.fromkeys(group.layer_names, group_metadata)
             slot_mapping_by_layer |= dict.fromkeys(group.layer_names, slot_mapping)
         return attn_metadata, slot_mapping_by_layer
+
+    @override
+    def _sample_draft_tokens(
+        self, hidden_states: torch.Tensor, sampling_metadata: SamplingMetadata
+    ) -> Sampled:
+        """Sample a draft token of each request, among those of the draft head if there is one."""
+        token_ids, probs = super()._sample_draft_tokens(hidden_states, sampling_metadata)
+        head = self.model.draft_head
+        if head is None:
+            return token_ids, probs
+        return head.token_ids[token_ids], None if probs is None else head.widen(probs, fill=0.0)
 
     @override
     def _sample_from_logits(

@@ -182,6 +182,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         Returns:
             `[num_reqs, max K] int64`; the columns past this batch's K mean nothing.
         """
+        self.model.follow_weights()
         num_reqs = input_batch.num_reqs
         if num_speculative_tokens is None:
             num_speculative_tokens = self.num_speculative_steps
@@ -365,6 +366,23 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             sampled,
             self.max_model_len,
         )
+
+    @override
+    def compute_draft_logits(self, hidden_states: torch.Tensor, spec_step_idx: int) -> torch.Tensor:
+        logits: torch.Tensor = super().compute_draft_logits(hidden_states, spec_step_idx)
+        head = self.model.draft_head
+        if head is None or self.draft_logits is None:
+            return logits
+        # What is sampled from, and kept for verification, is over the target's vocabulary.
+        return head.widen(logits, fill=-torch.inf)
+
+    @override
+    def sample_draft(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        sampled: torch.Tensor = super().sample_draft(*args, **kwargs)
+        head = self.model.draft_head
+        if head is None or self.draft_logits is not None:
+            return sampled
+        return head.token_ids[sampled]
 
     def _compute_slot_mappings(self, num_reqs: int, num_tokens_padded: int) -> torch.Tensor:
         return self.block_tables.compute_slot_mappings(

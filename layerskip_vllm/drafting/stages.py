@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -118,14 +118,13 @@ def _compile_apart(
     stage._compile_tag = f"layerskip_{suffix}"
 
 
-def put_in_place(stage: nn.Module, inner: nn.Module, module: nn.Module) -> nn.Module:
-    """Copy what `module` needs to run `stage` where it runs `inner`; all else is shared."""
-    if module is inner:
-        return stage
-    for name, child in module.named_children():
-        replaced = put_in_place(stage, inner, child)
-        if replaced is not child:
-            return _with_child(module, name, replaced)
+def put_in_place(replacements: Mapping[nn.Module, nn.Module], module: nn.Module) -> nn.Module:
+    """Copy what `module` needs to run others in the place of some modules; all else is shared."""
+    if module in replacements:
+        return replacements[module]
+    for name, child in module._modules.items():
+        if child is not None and (replaced := put_in_place(replacements, child)) is not child:
+            module = _with_child(module, name, replaced)
     return module
 
 

@@ -41,6 +41,7 @@ _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _ASYNC_SCHEDULER = "vllm.v1.core.sched.async_scheduler:AsyncScheduler"
 _V1_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _V1_DRAFT = "vllm.v1.spec_decode.draft_model:DraftModelProposer"
+_LORA_MIXIN = "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin"
 _V2_RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 
 
@@ -76,8 +77,8 @@ def _create_speculative_config(original: Any) -> Any:
 @_hook(
     target=f"{_ARGS}.add_cli_args",
     why="the flags `--speculative-model`, `--num-speculative-tokens` and layerskip's own",
-    reason="Those are `--spec-exit-layer` and `--spec-exit-adapter`; and `layerskip` is among the "
-    "choices of `--spec-method`.",
+    reason="Those are `--spec-exit-layer`, `--spec-exit-adapter` and `--spec-draft-vocab`; and "
+    "`layerskip` is among the choices of `--spec-method`.",
     process="the one that parses the command line",
     upstream="none; vLLM lets plugins extend its parser only by platform",
     remove_when="a registered method can bring flags; `add_cli_args` of the registry in the diff",
@@ -95,7 +96,7 @@ def _add_cli_args(original: Any) -> Any:
 
 @_hook(
     target=f"{_ARGS}.from_cli_args",
-    why="`--spec-exit-layer` and `--spec-exit-adapter` reach the speculative config",
+    why="layerskip's own flags reach the speculative config",
     reason="`EngineArgs` has no fields for them.",
     process="the one that parses the command line",
     remove_when="a registered method can bring flags; `fold_cli_args` of the registry in the diff",
@@ -316,6 +317,33 @@ def _sample(original: Any) -> Any:
     return sample
 
 
+@_hook(
+    target=f"{_LORA_MIXIN}.reset_lora_state",
+    relies_on=(
+        f"{_V1_RUNNER}.reload_weights",
+        f"{_V2_RUNNER}.reload_weights",
+        "vllm.v1.worker.gpu_worker:Worker.finish_weight_update",
+    ),
+    why="a draft head of few rows follows the target's weights",
+    reason="Its rows are copies. This is what both runners call whenever base weights were "
+    "replaced, however they came: reloaded, transferred, or written in place.",
+    process="each worker",
+    upstream="none; vLLM tells its adapters alone",
+    remove_when="vLLM tells drafters that weights have changed; `after_weights_change` of the "
+    "registry in the diff",
+)
+def _reset_lora_state(original: Any) -> Any:
+    """Wrap it: the original, then the drafter is told."""
+
+    @functools.wraps(original)
+    def reset_lora_state(self: Any) -> None:
+        original(self)
+        if _is_config(self.speculative_config):
+            _after_weights_change(self)
+
+    return reset_lora_state
+
+
 def _is_config(config: SpeculativeConfig | None) -> bool:
     from layerskip_vllm.config.speculative import LayerSkipConfig
 
@@ -344,6 +372,7 @@ def register_method() -> None:
             before_schedule=limit_drafts,
             after_schedule=limit_step,
             before_sample=_before_sample,
+            after_weights_change=_after_weights_change,
         )
     )
 
@@ -367,3 +396,7 @@ def _create_speculator(vllm_config: VllmConfig, device: torch.device) -> LayerSk
 
 def _before_sample(runner: Any, input_batch: InputBatch) -> None:
     runner.speculator.prepare_sampling(runner.lora_state, input_batch)
+
+
+def _after_weights_change(runner: Any) -> None:
+    runner.get_draft_model().expect_weights()

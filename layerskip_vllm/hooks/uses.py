@@ -119,6 +119,20 @@ USES = (
         remove_when="vLLM compiles a slice of a model's layers",
     ),
     Use(
+        module="layerskip_vllm.drafting.draft_head",
+        relies_on=(
+            "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding",
+            "vllm.model_executor.layers.logits_processor:LogitsProcessor",
+        ),
+        why="drafts choose among some tokens by the target's own way from states to logits",
+        process=_WORKER,
+        how="Sees which head the model gives its `LogitsProcessor`, copies some of its rows into a "
+        "`ParallelLMHead`, by `shard_indices` and an all-reduce, and runs `compute_logits` of a "
+        "shallow copy of the model that has both for fewer tokens. Puts a call before the model's "
+        "`load_weights`, so that the rows are copied anew whoever loads weights.",
+        remove_when="vLLM has draft vocabularies for drafters that share the target's head",
+    ),
+    Use(
         module="layerskip_vllm.drafting.lora",
         relies_on=("vllm.lora.model_manager:LoRAModelManager.set_adapter_mapping",),
         why="each request drafts with its own adapter",

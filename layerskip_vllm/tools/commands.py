@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from layerskip_vllm import __version__
 from layerskip_vllm.tools.command_line import Command
 from layerskip_vllm.tools.doctor.command import DoctorCommand
+from layerskip_vllm.tools.draft_vocab.command import DraftVocabCommand
 from layerskip_vllm.tools.exits.command import ExitsCommand
 from layerskip_vllm.tools.soak.command import SoakCommand
 from layerskip_vllm.tools.train import TrainCommand
@@ -20,6 +21,7 @@ from layerskip_vllm.tools.watch.command import WatchCommand
 
 COMMANDS: Mapping[str, type[Command]] = {
     "doctor": DoctorCommand,
+    "draft-vocab": DraftVocabCommand,
     "exits": ExitsCommand,
     "soak": SoakCommand,
     "train": TrainCommand,

@@ -12,7 +12,7 @@ import logging
 import os
 import platform
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, ClassVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from pydantic import Field, ValidationError
 from typing_extensions import override
@@ -52,6 +52,9 @@ class DoctorCommand(Command):
     num_speculative_tokens: Annotated[int | None, Option(metavar="K")] = Field(
         default=None, description="the tokens drafted for each step"
     )
+    draft_vocab: Annotated[str | None, Option(metavar="FILE")] = Field(
+        default=None, description="the tokens that drafts choose among"
+    )
     prints_json: Annotated[bool, Option(flag="--json")] = Field(
         default=False, description="print one JSON object"
     )
@@ -68,7 +71,7 @@ class DoctorCommand(Command):
         if report.versions["vllm"] is not None:
             examine_hooks(report)
             examine_devices(report)
-            settings = {"exit_layer", "num_speculative_tokens"}
+            settings = {"exit_layer", "num_speculative_tokens", "draft_vocab"}
             given = self.model_dump(include=settings, exclude_none=True)
             if self.model is not None:
                 examine_checkpoint(report, self.model, given)
@@ -168,7 +171,7 @@ def examine_devices(report: DoctorReport) -> None:
     report.devices["model runner"] = _describe_runner(VllmConfig())
 
 
-def examine_checkpoint(report: DoctorReport, model: str, given: dict[str, int]) -> None:
+def examine_checkpoint(report: DoctorReport, model: str, given: dict[str, Any]) -> None:
     """Have vLLM configure an engine with layerskip for `model`; report its choices or refusal."""
     report.checkpoint["model"] = model
     if report.problems:
@@ -202,6 +205,7 @@ def _describe_draft(report: DoctorReport, vllm_config: VllmConfig) -> None:
         shares = estimate_shares(model_config, draft.exit_layer)
         source = "the config, for layers of attention and a gated MLP"
     if shares is not None:
+        shares = shares.with_draft_vocab(draft.draft_vocab_size / model_config.get_vocab_size())
         report.checkpoint |= {"share of layers": shares.layers, "share of head": shares.head}
         report.checkpoint["shares from"] = source
     report.devices["model runner"] = _describe_runner(vllm_config)

@@ -91,6 +91,7 @@ class LayerSkipInfo(BaseModel, frozen=True):
     num_speculative_tokens_source: str
     num_layers: int  # all of the target's
     exit_adapter: str  # its folder; empty without one
+    draft_vocab_size: int  # how many tokens drafts choose among
 
     @classmethod
     def read(cls, metrics: Iterable[Metric]) -> Self | None:

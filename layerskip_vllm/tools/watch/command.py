@@ -121,4 +121,7 @@ class WatchCommand(Command):
             raise ValueError(
                 f"--model is {self.model!r}, which has not all weights in safetensors files."
             )
+        if info is not None:
+            vocab_size = config.get_text_config().vocab_size
+            shares = shares.with_draft_vocab(info.draft_vocab_size / vocab_size)
         return shares.total

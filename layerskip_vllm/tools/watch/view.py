@@ -39,7 +39,7 @@ def _describe_info(info: LayerSkipInfo) -> str:
     adapter = f"\nexit adapter {info.exit_adapter}" if info.exit_adapter else ""
     return (
         f"layers [0, {info.exit_layer}) of {info.num_layers} draft "
-        f"{info.num_speculative_tokens} tokens{adapter}\n"
+        f"{info.num_speculative_tokens} tokens of {info.draft_vocab_size:,}{adapter}\n"
         f"E is from {info.exit_layer_source}, K from {info.num_speculative_tokens_source}\n"
     )
 

@@ -1,0 +1,1 @@
+"""`layerskip-vllm draft-vocab`: the tokens that drafts choose among, counted from text."""
