@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from layerskip_vllm.checkpoint.validation import Settings, parse
-
-TokenId = Annotated[int, Field(ge=0)]
 
 
 class DraftVocab(Settings):
@@ -22,14 +19,14 @@ class DraftVocab(Settings):
     vocab_size: int = Field(ge=1)
     """All tokens of the model that it is for."""
 
-    token_ids: tuple[TokenId, ...] = Field(min_length=1)
+    token_ids: tuple[int, ...] = Field(min_length=1)
     """Some of them, the most useful first."""
 
     @model_validator(mode="after")
     def _check_token_ids(self) -> DraftVocab:
         seen = set()
         for token_id in self.token_ids:
-            if token_id >= self.vocab_size:
+            if not 0 <= token_id < self.vocab_size:
                 raise ValueError(
                     f"token_ids has {token_id}, but vocab_size is {self.vocab_size}; all must be "
                     f"from 0 to {self.vocab_size - 1}."

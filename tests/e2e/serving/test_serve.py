@@ -185,6 +185,7 @@ def test_server_says_what_drafts_when_its_metrics_are_read(server: ModelServer) 
         "num_speculative_tokens_source": "the user",
         "num_layers": "8",
         "exit_adapter": "",
+        "draft_vocab_size": "256",
         "engine": "0",
     }
 

@@ -30,6 +30,7 @@ SETTING = RunSetting(
         num_speculative_tokens_source="user",
         num_layers=24,
         exit_adapter="",
+        draft_vocab_size=2048,
     ),
     dtype="float32",
     num_prompts=2,

@@ -11,6 +11,7 @@ def test_shares_are_parts_of_all_layers_and_the_head_when_made_of_sizes() -> Non
     shares = WeightShares.from_sizes([10, 20, 30, 20], head=20, exit_layer=2, adapter=5)
     assert shares == WeightShares(layers=0.3, head=0.2, adapter=0.05)
     assert shares.total == pytest.approx(0.55)
+    assert shares.with_draft_vocab(0.25).total == pytest.approx(0.4)
     assert WeightShares.from_sizes([10, 20, 30, 20], head=20, exit_layer=4).total == 1
 
 
