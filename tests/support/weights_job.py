@@ -47,6 +47,30 @@ def serve_with_reload(scenario: Scenario, path: str) -> tuple[Report, Report]:
         return before, server.report()
 
 
+def serve_with_new_head(scenario: Scenario, way: str) -> Report:
+    """Serve a scenario whose second phase begins with another head, given in one of vLLM's ways.
+
+    Args:
+        scenario: Its second phase starts after the change.
+        way: "in place", by names and shapes of the model's own, or "load_weights", as trainers
+            that share the engine's process do.
+    """
+    with engine(scenario) as llm:
+        server = Server(llm, scenario)
+        runner = server.core.model_executor.driver_worker.worker.model_runner
+        server.run_phase(0)
+        generator = torch.Generator().manual_seed(7)
+        head = 0.2 * torch.randn(runner.model.lm_head.weight.shape, generator=generator)
+        weights = [("lm_head.weight", head)]
+        if way == "in place":
+            settings = {"weights_iterator": weights, "is_checkpoint_format": False}
+            llm.collective_rpc("reload_weights", kwargs=settings)
+        else:
+            runner.model.load_weights(weights)
+        server.run_phase(1)
+        return server.report()
+
+
 @torch.inference_mode()
 def _change(layers: torch.nn.ModuleList, change: str) -> None:
     generator = torch.Generator().manual_seed(7)

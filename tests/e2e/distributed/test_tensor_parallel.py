@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.checks import DRAFTERS
+from tests.support.draft_vocabs import make_draft_vocab
 from tests.support.engine_process import RunnerProcess
 from tests.support.exit_adapters import make_exit_adapter
 from tests.support.lora_adapters import make_lora_adapter
@@ -48,6 +49,8 @@ CASES = {
     "experts": Case("mixtral", parallel={"enable_expert_parallel": True}),
     "LoRA": Case("llama", engine={"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}),
     "exit adapter": Case("llama"),
+    # Both ranks have some of its 99 tokens, of other numbers.
+    "draft vocabulary": Case("llama-tied", {"draft_sample_method": "probabilistic"}),
 }
 
 
@@ -94,6 +97,9 @@ def comparison(
         sizes = {"exit_layer": EXIT_LAYER, "num_speculative_tokens": K}
         adapter = make_exit_adapter(folder / "exit", std=0.1, **sizes)
         case = replace(case, speculative={"exit_adapter": str(adapter)})
+    elif request.param == "draft vocabulary":
+        file = make_draft_vocab(folder / "ids.json", range(60, 159))
+        case = replace(case, speculative={**case.speculative, "draft_vocab": file})
     speculative = layerskip(EXIT_LAYER, K, **case.speculative)
     scenario = Scenario(str(model), case.requests, speculative, {"max_num_seqs": 3, **case.engine})
     two_ranks = {"tensor_parallel_size": 2, **case.parallel}

@@ -10,6 +10,7 @@ import pytest
 
 from layerskip_vllm.tools.verify.statistics import compare_samples
 from tests.support.checks import assert_some_accepted_some_refused
+from tests.support.draft_vocabs import make_draft_vocab
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
 # The probability that one comparison calls two samples of one distribution different.
@@ -73,6 +74,20 @@ def test_distribution_is_the_targets_when_drafts_are(engines, name, scenario, me
         assert sum(step.num_padded for step in drafted.steps) > SAMPLE_SIZE[name] / 2
     result = compare_samples(sample(drafted), [*one, *other])
     assert result.p_value > FALSE_ALARM, result
+
+
+@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+def test_distribution_is_the_targets_when_drafts_choose_among_some_tokens(
+    engines, name, scenario, method, tmp_path
+):
+    """One token of three. Fails by chance once in a million runs."""
+    one, other = plain_samples(engines, name, scenario)
+    file = make_draft_vocab(tmp_path / "ids.json", range(0, VOCAB_SIZE, 3), VOCAB_SIZE)
+    speculative = layerskip(EXIT_LAYER, K, draft_sample_method=method, draft_vocab=file)
+    engine = scenario.engine | {"seed": 3}
+    (drafted,) = engines.serve(name, replace(scenario, engine=engine, speculative=speculative))
+    assert_some_accepted_some_refused(drafted)
+    assert compare_samples(sample(drafted), [*one, *other]).p_value > FALSE_ALARM
 
 
 @pytest.mark.parametrize("name", ["v2"])
