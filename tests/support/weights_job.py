@@ -67,6 +67,8 @@ def serve_with_new_head(scenario: Scenario, way: str) -> Report:
             llm.collective_rpc("reload_weights", kwargs=settings)
         else:
             runner.model.load_weights(weights)
+        lm_head = runner.model.lm_head
+        lm_head.quant_method.process_weights_after_loading(lm_head)  # its packed copy on CPUs
         server.run_phase(1)
         return server.report()
 

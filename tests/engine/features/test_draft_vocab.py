@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from layerskip_vllm.tools.engine_process import JobError
 from tests.support.checkpoints import NUM_LAYERS, VOCAB_SIZE
 from tests.support.checks import (
     assert_all_accepted,
@@ -36,10 +35,14 @@ def test_tokens_equal_plain_when_drafts_choose_among(runner, checkpoint, tmp_pat
         assert_some_accepted_some_refused(drafted)
 
 
-@pytest.mark.parametrize("architecture", ["llama-tied", "gemma2", "olmo2"])
+@pytest.mark.parametrize("architecture", ["llama-tied", "gemma2", "olmo2", "int8"])
 def test_all_drafts_are_accepted_when_the_model_is(runner, checkpoint, tmp_path, architecture):
-    """A head that is the embedding, one with a soft cap, one that vLLM runs by transformers."""
-    plain, drafted = serve_drafting_among(runner, checkpoint(architecture), tmp_path, "said")
+    """Also with a head that is the embedding, a soft cap, transformers' layers, int8 layers."""
+    if architecture == "int8":
+        model = quantize_to_int8(checkpoint(), tmp_path / "int8")
+    else:
+        model = checkpoint(architecture)
+    plain, drafted = serve_drafting_among(runner, model, tmp_path, "said")
     assert_same_outputs(plain, drafted)
     assert_all_accepted(drafted)
 
@@ -74,15 +77,6 @@ def test_tokens_equal_plain_when_another_setting_stands_beside(
     plain, drafted = runner.pair(Scenario(str(checkpoint()), REQUESTS, speculative))
     assert_same_outputs(plain, drafted)
     assert_some_accepted_some_refused(drafted)
-
-
-def test_engine_is_refused_when_its_head_is_repacked(runner, checkpoint, tmp_path):
-    """What is left out of quantization has a layer's kernels on CPUs, and its weight is gone."""
-    model = quantize_to_int8(checkpoint(), tmp_path / "int8")
-    file = make_draft_vocab(tmp_path / "ids.json", range(0, VOCAB_SIZE, 2))
-    scenario = Scenario(str(model), REQUESTS, layerskip(2, K, draft_vocab=file))
-    with pytest.raises(JobError, match=r"draft_vocab is set, but .* has a quantized or repacked"):
-        runner.engines.serve(runner.name, scenario)
 
 
 @pytest.mark.parametrize("way", ["in place", "load_weights"])
