@@ -76,7 +76,9 @@ def test_make_targets_exist(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_and_their_options_exist(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     code = code_of(page).replace("\\\n", " ")
-    for command, rest in re.findall(r"(?:^|`)layerskip-vllm ([a-z][a-z-]+)([^\n`]*)", code, re.MULTILINE):
+    for command, rest in re.findall(
+        r"(?:^|`)layerskip-vllm ([a-z][a-z-]+)([^\n`]*)", code, re.MULTILINE
+    ):
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
         assert end.value.code == 0, command
