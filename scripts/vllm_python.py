@@ -1,0 +1,49 @@
+"""The Python of a vLLM that need not be installed: fetched once, then kept in build/.
+
+What `scripts/` and the tests read or run of other vLLM versions comes from here.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CACHE = ROOT / "build/vllm"  # git ignores it
+MAX_BYTES = 4 << 20  # of a file that is kept; larger ones are compiled, or tables for kernels
+
+
+def fetch_python(version: str) -> Path:
+    """Return the folder that holds `vllm/` of a release; its wheel is downloaded if need be.
+
+    Raises:
+        subprocess.CalledProcessError: If pip finds no wheel of that release; it says why.
+    """
+    folder = CACHE / version
+    if not folder.is_dir():
+        print(f"downloading the wheel of vLLM {version} for its Python", file=sys.stderr)
+        with tempfile.TemporaryDirectory() as downloads:
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+            pip += ["--disable-pip-version-check", "--only-binary=:all:", f"--dest={downloads}"]
+            subprocess.run([*pip, f"vllm=={version}"], check=True)
+            (wheel,) = Path(downloads).glob("*.whl")
+            unpack_python(wheel, folder)
+    return folder
+
+
+def unpack_python(wheel: Path, folder: Path) -> None:
+    """Unpack a wheel's `vllm/` into `folder`, without what is compiled: all of it, or nothing."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=folder.parent) as temporary,
+        zipfile.ZipFile(wheel) as archive,
+    ):
+        unpacked = Path(temporary, "python")
+        for member in archive.infolist():
+            name, is_small = member.filename, member.file_size < MAX_BYTES
+            if name.startswith("vllm/") and is_small and not name.endswith(".so"):
+                archive.extract(member, unpacked)
+        unpacked.rename(folder)
