@@ -43,14 +43,14 @@ def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
     monkeypatch.setattr(
         vllm_source,
         "find_file",
-        lambda module: copies[module] if module in copies else find_file(module),
+        lambda module, root=None: copies[module] if module in copies else find_file(module),
     )
     # What is not edited is parsed once in all tests.
     of_copies = functools.cache(definitions.__wrapped__)
     monkeypatch.setattr(
         vllm_source,
         "definitions",
-        lambda module: (of_copies if module in copies else definitions)(module),
+        lambda module, root=None: (of_copies if module in copies else definitions)(module),
     )
     return edit
 
