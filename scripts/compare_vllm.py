@@ -184,13 +184,11 @@ def _apply(part: str, file: str, root: Path) -> tuple[bool, str]:
         if (root / file).is_file():
             Path(copy, file).parent.mkdir(parents=True)
             shutil.copy(root / file, Path(copy, file))
-        # Or git would look for the file in a repository that the copy lies in.
-        ceiling = {"GIT_CEILING_DIRECTORIES": str(Path(copy).resolve().parent)}
         done = subprocess.run(
             ["git", "apply", "--reject", "--verbose", "-"],
             input=part,
             cwd=copy,
-            env={**os.environ, **ceiling, "LC_ALL": "C"},
+            env={**os.environ, "LC_ALL": "C"},
             capture_output=True,
             text=True,
         )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -22,6 +24,7 @@ OLD = {
     "base.py": "class Base:\n    def run(self):\n        return 1\n",
     "drafter.py": "from vllm.base import Base\n\nclass Drafter(Base):\n    def draft(self):\n"
     "        return 2\n",
+    "flags.py": "FLAG = 3\n",
     "sizes.py": "LIMIT = 3\n",
 }
 PLUGIN = """
@@ -35,11 +38,11 @@ class OurDrafter(Drafter):
     def _step(self):
         return 1
 """
-DIFF = """--- a/vllm/sizes.py
-+++ b/vllm/sizes.py
+DIFF = """--- a/vllm/flags.py
++++ b/vllm/flags.py
 @@ -1,1 +1,2 @@
- LIMIT = 3
-+STEP = 1
+ FLAG = 3
++MORE = 1
 --- a/vllm/registry.py
 +++ b/vllm/registry.py
 @@ -0,0 +1,1 @@
@@ -48,6 +51,13 @@ DIFF = """--- a/vllm/sizes.py
 TEXTS = {"why": "a test", "process": "this one", "how": "so", "remove_when": "never"}
 LEDGER = (
     Hook(target="vllm.base:Base.run", replace=lambda original: original, **TEXTS),
+    Hook(
+        target="vllm.drafter:Drafter.__new__",
+        replace=lambda original: original,
+        is_new=True,
+        relies_on=("vllm.drafter:Drafter.draft",),
+        **TEXTS,
+    ),
     Use(module="plugin.ours", relies_on=("vllm.drafter:Drafter.draft",), **TEXTS),
 )
 
@@ -81,10 +91,8 @@ def compare(
 ) -> Callable[..., tuple[int, str]]:
     """Compare a new vLLM with OLD for a small plugin: the exit status, and what is printed."""
     old = make_vllm()
-    names = {LEDGER[0].target: LEDGER[0].names, "plugin.ours": LEDGER[1].names}
     digests = {
-        entry: {name: source_digest(name, old) for name in relied_on}
-        for entry, relied_on in names.items()
+        entry.name: {name: source_digest(name, old) for name in entry.names} for entry in LEDGER
     }
     digests["plugin.ours"]["vllm.base:Base"] = ANY
     project = tmp_path / "project"
@@ -109,12 +117,14 @@ def compare(
 
 
 def test_everything_fits_when_what_is_relied_on_is_the_same(
-    compare: Callable[..., tuple[int, str]],
+    compare: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # What is imported here is another vLLM.
+    monkeypatch.setitem(sys.modules, "vllm.base", ModuleType("vllm.base"))
     status, text = compare(base=f"STEP = 1\n{OLD['base.py']}", _version="__version__ = '2.0.0'\n")
     assert status == 0
     assert "vLLM 2.0.0 against what the plugin relies on in 1.0.0" in text
-    assert "Hooks and uses: 2 of 2 fit" in text
+    assert "Hooks and uses: 3 of 3 fit" in text
     assert "Imports: 2 of 2 are there" in text
     assert "upstream has taken: 0" in text
     assert "vllm-1.0.0.diff: 2 of 2 hunks apply" in text
@@ -126,9 +136,18 @@ def test_a_changed_definition_is_shown_as_upstreams_diff(
 ) -> None:
     status, text = compare(base=OLD["base.py"].replace("return 1", "return 0"))
     assert status == 1
-    assert "Hooks and uses: 1 of 2 fit" in text
+    assert "Hooks and uses: 2 of 3 fit" in text
     assert "\nvllm.base:Base.run has changed\n" in text
     assert "-        return 1\n+        return 0" in text
+
+
+def test_a_new_attribute_is_told_when_upstream_has_it(
+    compare: Callable[..., tuple[int, str]],
+) -> None:
+    status, text = compare(drafter=f"{OLD['drafter.py']}\n    def __new__(cls): ...\n")
+    assert status == 1
+    assert "no    vllm.drafter:Drafter.__new__\n" in text
+    assert "vllm.drafter:Drafter.__new__ exists, but" in text
 
 
 def test_a_definition_is_found_where_it_is_now_when_it_has_moved(
@@ -156,7 +175,7 @@ def test_an_import_is_named_with_its_users_when_it_is_gone(
 def test_a_name_is_told_when_upstream_has_taken_it(
     compare: Callable[..., tuple[int, str]],
 ) -> None:
-    status, text = compare(base=f"{OLD['base.py']}        self._step = 2\n")
+    status, text = compare(base=f"{OLD['base.py']}\n    def _step(self): ...\n")
     assert "upstream has taken: 1" in text
     assert "plugin.ours:OurDrafter._step is now in vllm.base:Base too" in text
     assert status == 1
@@ -165,22 +184,15 @@ def test_a_name_is_told_when_upstream_has_taken_it(
 @pytest.mark.parametrize(
     ("changes", "rejected"),
     [
-        ({"sizes": "LIMIT = 4\n"}, "vllm/sizes.py @@ -1,1 +1,2 @@ (1 of 1)"),
-        ({"sizes": None}, "vllm/sizes.py @@ -1,1 +1,2 @@ (1 of 1)"),
+        ({"flags": "FLAG = 4\n"}, "vllm/flags.py @@ -1,1 +1,2 @@ (1 of 1)"),
+        ({"flags": None}, "vllm/flags.py @@ -1,1 +1,2 @@ (1 of 1)"),
         ({"registry": "METHODS = []\n"}, "vllm/registry.py @@ -0,0 +1,1 @@ (1 of 1)"),
     ],
     ids=["another text", "no such file", "a file of that name"],
 )
 def test_a_hunk_is_named_when_it_does_not_apply(
-    compare: Callable[..., tuple[int, str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    changes: dict[str, str | None],
-    rejected: str,
+    compare: Callable[..., tuple[int, str]], changes: dict[str, str | None], rejected: str
 ) -> None:
-    # The copies that are patched may lie in a repository.
-    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     status, text = compare(**changes)
     assert status == 1
     assert "vllm-1.0.0.diff: 1 of 2 hunks apply" in text
