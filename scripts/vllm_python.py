@@ -1,10 +1,13 @@
 """The Python of a vLLM that need not be installed: fetched once, then kept in build/.
 
-What `scripts/` and the tests read or run of other vLLM versions comes from here.
+What `scripts/` and the tests read of other vLLM versions, or run of them, comes from here:
+`export PYTHONPATH=$(python -m scripts.vllm_python VERSION)` runs that version's Python over the
+compiled operators of the vLLM that is installed.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -14,6 +17,21 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / "build/vllm"  # git ignores it
 MAX_BYTES = 4 << 20  # of a file that is kept; larger ones are compiled, or tables for kernels
+
+
+def overlay_python(version: str) -> Path:
+    """Return the folder of a release's Python, with links to what the installed vLLM compiled."""
+    folder = fetch_python(version)
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None and spec.origin is not None, "vLLM is not installed"
+    installed = Path(spec.origin).parent
+    for operators in () if folder in installed.parents else installed.rglob("*.so"):
+        link = folder / "vllm" / operators.relative_to(installed)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            Path(temporary, link.name).symlink_to(operators)
+            Path(temporary, link.name).replace(link)
+    return folder
 
 
 def fetch_python(version: str) -> Path:
@@ -46,4 +64,9 @@ def unpack_python(wheel: Path, folder: Path) -> None:
             name, is_small = member.filename, member.file_size < MAX_BYTES
             if name.startswith("vllm/") and is_small and not name.endswith(".so"):
                 archive.extract(member, unpacked)
-        unpacked.rename(folder)
+        if not folder.is_dir():  # another process may have been faster
+            unpacked.rename(folder)
+
+
+if __name__ == "__main__":
+    print(overlay_python(*sys.argv[1:]))
