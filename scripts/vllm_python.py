@@ -7,12 +7,13 @@ compiled operators of the vLLM that is installed.
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+from layerskip_vllm.hooks.vllm_source import find_file
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / "build/vllm"  # git ignores it
@@ -22,10 +23,10 @@ MAX_BYTES = 4 << 20  # of a file that is kept; larger ones are compiled, or tabl
 def overlay_python(version: str) -> Path:
     """Return the folder of a release's Python, with links to what the installed vLLM compiled."""
     folder = fetch_python(version)
-    spec = importlib.util.find_spec("vllm")
-    assert spec is not None and spec.origin is not None, "vLLM is not installed"
-    installed = Path(spec.origin).parent
-    for operators in () if folder in installed.parents else installed.rglob("*.so"):
+    package = find_file("vllm")
+    assert package is not None, "vLLM is not installed"
+    installed = package.parent
+    for operators in () if folder in package.parents else installed.rglob("*.so"):
         link = folder / "vllm" / operators.relative_to(installed)
         link.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
