@@ -28,7 +28,6 @@ from layerskip_vllm.hooks.vllm_source import (
     read_digests,
 )
 from layerskip_vllm.plugin import LEDGER
-from scripts.ledger import modules
 from scripts.vllm_names import (
     find_bases,
     find_elsewhere,
@@ -39,7 +38,8 @@ from scripts.vllm_names import (
 )
 from scripts.vllm_python import CACHE, ROOT, fetch_python, unpack_python
 
-FOLDERS = ("layerskip_vllm", "benchmarks", "examples", "tests")  # whose imports are looked up
+PACKAGE = "layerskip_vllm"
+FOLDERS = (PACKAGE, "benchmarks", "examples", "scripts", "tests")  # whose imports are looked up
 PATCHES = ROOT / "patches"
 
 
@@ -127,7 +127,8 @@ def report_imports(root: Path) -> bool:
 def report_clashes(old: Path | None, new: Path) -> bool:
     """Print what a class of the plugin defines that upstream's classes have had no name for yet."""
     clashes = []
-    for module in modules():
+    for file in sorted((ROOT / PACKAGE).rglob("*.py")):
+        module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
         for cls in (name for name in definitions(module, ROOT) if "." not in name):
             own = find_members(f"{module}:{cls}", ROOT)
             bases = {root: _members_of_bases(f"{module}:{cls}", root) for root in (old, new)}

@@ -105,7 +105,7 @@ def compare(
     monkeypatch.setattr(compare_vllm, "FOLDERS", ("plugin",))
     monkeypatch.setattr(compare_vllm, "LEDGER", LEDGER)
     monkeypatch.setattr(compare_vllm, "SUPPORTED_VLLM_VERSIONS", ("1.0.0",))
-    monkeypatch.setattr(compare_vllm, "modules", lambda: ["plugin.ours"])
+    monkeypatch.setattr(compare_vllm, "PACKAGE", "plugin")
     monkeypatch.setattr(compare_vllm, "read_digests", lambda version: digests)
     monkeypatch.setattr(compare_vllm, "find_old_root", lambda version: old)
 
