@@ -311,7 +311,7 @@ def test_version_is_accepted_when_it_is_a_supported_release(version: str) -> Non
     check_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.31.0", "0.32.1", "0.33.0", "1.0", "dev"])
+@pytest.mark.parametrize("version", ["0.31.0", "0.32.1", "0.34.0", "1.0", "dev"])
 def test_version_is_refused_when_it_is_not_a_supported_release(version: str) -> None:
     with pytest.raises(HookError) as error:
         check_version(version)
