@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from vllm.triton_utils import tl, triton
-from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.input_batch import InputBuffers
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -61,7 +61,8 @@ def _prepare_draft_kernel(  # type: ignore[no-untyped-def]
 def prepare_draft(
     buffers: InputBuffers,
     idx_mapping: torch.Tensor,
-    batch: InputBatch,
+    num_reqs: int,
+    seq_lens: torch.Tensor,
     num_sampled: torch.Tensor,
     num_rejected: torch.Tensor,
     last_sampled: torch.Tensor,
@@ -73,19 +74,20 @@ def prepare_draft(
         buffers: Written: `input_ids`, `positions`, `query_start_loc` and `seq_lens`.
         idx_mapping: `[max_num_reqs] int64`, request to request state; set to -1 for rows that
             draft for nothing (the middle of a prompt, the end of the context).
-        batch: What the target has just run.
+        num_reqs: The size of the batch that the target has just run.
+        seq_lens: `[num_reqs] int32`, each request's tokens in that run and before.
         num_sampled: `[num_reqs] int32`, tokens that it sampled; 0 in the middle of a prompt.
         num_rejected: `[num_reqs] int32`, drafts that it refused.
         last_sampled: `[max_num_reqs, 1] or [max_num_reqs]`, by request state.
         max_model_len: The first position that cannot be run.
     """
-    _prepare_draft_kernel[(batch.num_reqs + 1,)](
+    _prepare_draft_kernel[(num_reqs + 1,)](
         buffers.input_ids,
         buffers.positions,
         buffers.query_start_loc,
         buffers.seq_lens,
         idx_mapping,
-        batch.seq_lens,
+        seq_lens,
         num_sampled,
         num_rejected,
         last_sampled,

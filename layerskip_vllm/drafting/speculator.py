@@ -56,6 +56,15 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         self.lora_ids: Sequence[int] = ()
         self.is_lora_mapped = False
 
+    @property
+    def max_model_len(self) -> int:
+        """The longest context, which vLLM may shorten to fit the memory after this is made."""
+        return self.vllm_config.model_config.max_model_len
+
+    @max_model_len.setter
+    def max_model_len(self, value: int) -> None:
+        """Ignore what vLLM 0.32 sets when this is made; later versions have the property."""
+
     @override
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
@@ -74,8 +83,6 @@ class LayerSkipSpeculator(DraftModelSpeculator):
     ) -> None:
         # The runner takes these names out of the target's checks, so it must see none: there are no
         # layers but the target's. Only the metadata of draft steps is built for the first ones'.
-        # vLLM may have found a context that fits the memory since this was made.
-        self.max_model_len = self.vllm_config.model_config.max_model_len
         no_names = self.draft_attn_layer_names
         self.draft_attn_layer_names = self.model.attn_layer_names
         super().set_attn(
@@ -183,6 +190,10 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             `[num_reqs, max K] int64`; the columns past this batch's K mean nothing.
         """
         num_reqs = input_batch.num_reqs
+        if dummy_run and dp_sync_state is not None:
+            # An idle rank's batch may be that of a larger graph; the ranks draft for as many
+            # requests as the busiest of them has.
+            num_reqs = min(num_reqs, dp_sync_state.num_reqs)
         if num_speculative_tokens is None:
             num_speculative_tokens = self.num_speculative_steps
         if num_speculative_tokens == 0:
@@ -195,7 +206,8 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         prepare_draft(
             self.input_buffers,
             self.idx_mapping,
-            input_batch,
+            num_reqs,
+            input_batch.seq_lens,
             num_sampled,
             num_rejected,
             last_sampled,
