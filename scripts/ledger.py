@@ -207,7 +207,7 @@ Made by `python -m scripts.ledger` from `layerskip_vllm/hooks/`; a test compares
 
 ```bash
 vllm=$(python -c "from importlib.util import find_spec; print(find_spec('vllm').origin)")
-patch -p1 -d "$(dirname "$vllm")/.." < patches/vllm-0.32.0.diff
+patch -p1 -d "$(dirname "$vllm")/.." < patches/vllm-{newest}.diff
 ```
 
 All that stands under *Relies on* is checked before any hook is applied. `register()` raises, so
@@ -221,14 +221,12 @@ that vLLM does not start, if
 A hook is applied when its target's module is imported, so a process imports nothing for the
 plugin's sake. `layerskip-vllm doctor` prints the state of each entry.
 
-To support another vLLM: install it, read what has changed in everything that the last version's
-file in `layerskip_vllm/hooks/digests/` names, run the tests, write the new version's file with
-`python -m scripts.ledger`, and make a diff for it. An entry that is not needed there is set to
-`null` in the file, and stays so. To give a version up, delete its file and its diff.
+How another vLLM is supported, and one given up, is in
+[CONTRIBUTING.md](../CONTRIBUTING.md#add-a-vllm-version).
 
 ## Why hooks
 
-vLLM 0.32 has no interface for a drafter from outside that can use the model.
+vLLM {newest} has no interface for a drafter from outside that can use the model.
 `method="custom_class"` ([vllm#39487](https://github.com/vllm-project/vllm/pull/39487)) hands over
 token lists on the host, neither the model nor its KV cache, turns asynchronous scheduling off, and
 exists in Model Runner V1 alone. A common interface for drafters was asked for in
@@ -237,6 +235,31 @@ exists in Model Runner V1 alone. A common interface for drafters was asked for i
 `init_speculator` is a fixed list. SGLang has such a registry
 ([sglang#23991](https://github.com/sgl-project/sglang/pull/23991)), and the diff gives vLLM a like
 one.
+
+## The registry in the diff, and the one in review
+
+EAGLE-4's plugin (eagle-harness 0.1.3) is written for a registry that is in review for vLLM, in a
+file of the same name. The diff's has its names and call shapes as far as that plugin shows them,
+so that either can become the other by adding fields:
+
+- **The same**: `register_speculative_method(name, SpeculativeMethodSpec(...))` with all by keyword;
+  `speculator_cls`, Model Runner V2's drafter as "module:Class", made from `(vllm_config, device)`;
+  and that hooks into a step are methods of `BaseSpeculator` (`prepare_sampling`).
+- **Another way to a configuration**: there, `configure(config)` completes a `SpeculativeConfig`,
+  whose `method_config` is an opaque dict. Here, `create_config(args, ...)` makes a subclass: what
+  layerskip refuses depends on the engine's arguments, such as a scheduler class, and its settings
+  are checked fields that `compute_hash` knows. The subclass presents itself as a `draft_model`,
+  so that it needs no `num_lookahead_tokens`.
+- **Another way to fewer drafts**: there, `suspend_drafting` and `verify_budget` of the drafter, for
+  a step. Here, `before_schedule` and `after_schedule` in the engine core: a request's own K must be
+  known before tokens and blocks are reserved for its drafts.
+- **Not here**: `uses_target_hidden_states`, `uses_aux_hidden_states` and
+  `linear_attn_verify_extension`. Layerskip drafts from tokens, over the target's own KV cache.
+- **Only here**: `proposer_cls`, the drafter of Model Runner V1, which is what runs on CPUs; and
+  `add_cli_args`, `fold_cli_args`, `check_request` and `publish_info` for flags, for what a request
+  may ask for, and for metrics.
+
+Where vLLM has a registry without `create_config`, the plugin stays with its hooks.
 """
 
 _SECTIONS = (
@@ -248,9 +271,9 @@ _SECTIONS = (
 
 def write_page() -> str:
     """Write the ledger as Markdown: an entry for each hook, then for each module that uses vLLM."""
-    versions = ", ".join(SUPPORTED_VLLM_VERSIONS)
-    digests = read_digests(SUPPORTED_VLLM_VERSIONS[-1])
-    parts = [_INTRODUCTION.format(versions=versions, registry=REGISTRY)]
+    versions, newest = ", ".join(SUPPORTED_VLLM_VERSIONS), SUPPORTED_VLLM_VERSIONS[-1]
+    digests = read_digests(newest)
+    parts = [_INTRODUCTION.format(versions=versions, registry=REGISTRY, newest=newest)]
     for title, entries in _SECTIONS:
         parts.append(f"\n## {title}\n")
         parts += [_write_entry(entry, digests.get(entry.name) or {}) for entry in entries]

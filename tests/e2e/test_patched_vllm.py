@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -11,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm
 
-from layerskip_vllm.hooks.vllm_source import SUPPORTED_VLLM_VERSIONS
+from layerskip_vllm.hooks.vllm_source import SUPPORTED_VLLM_VERSIONS, find_file
+from scripts.vllm_python import overlay_python
 from tests.support.engine_process import RUNNERS
 from tests.support.scripts import see
 
@@ -90,13 +91,17 @@ print("seen:" + json.dumps({
 
 @pytest.fixture(scope="module", params=SUPPORTED_VLLM_VERSIONS)
 def patched_site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the installed vLLM, by links, its patched files copied and patched."""
+    """A folder with a vLLM, by links, its patched files copied and patched.
+
+    One that is not installed is its Python over what the installed one compiled.
+    """
     site = tmp_path_factory.mktemp("patched")
-    spec = importlib.util.find_spec("vllm")
-    installed = Path(spec.origin).parent
-    diff = PATCHES / f"vllm-{request.param}.diff"
+    version = request.param
+    is_installed = vllm.__version__.partition("+")[0] == version
+    package = find_file("vllm").parent if is_installed else overlay_python(version) / "vllm"
+    diff = PATCHES / f"vllm-{version}.diff"
     shutil.copytree(
-        installed, site / "vllm", copy_function=os.symlink, ignore=shutil.ignore_patterns("*.pyc")
+        package, site / "vllm", copy_function=os.symlink, ignore=shutil.ignore_patterns("*.pyc")
     )
     for line in diff.read_text().splitlines():
         file = site / line.removeprefix("--- a/")
