@@ -13,6 +13,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.support.checkpoints import make_checkpoint
+from tests.support.engine_process import TESTED_RUNNERS
 from tests.support.engines import Engines, Runner
 
 
@@ -43,7 +44,7 @@ def engines(
     engines.stop()
 
 
-@pytest.fixture(scope="session", params=["v1", "v2"])
+@pytest.fixture(scope="session", params=TESTED_RUNNERS)
 def runner(request: pytest.FixtureRequest, engines: Engines) -> Runner:
     """Each of vLLM's model runners; pytest runs all tests of one before those of the other."""
     return Runner(request.param, engines)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip_vllm.tools.engine_process import EngineProcess
+from layerskip_vllm.tools.float32 import float32_env
 from layerskip_vllm.tools.server.metrics import SpecDecodeCounters
 
 if TYPE_CHECKING:
@@ -202,11 +203,9 @@ def run_engines(
     """
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(is_engine_process))}
     with contextlib.ExitStack() as stack:
-        yield [
-            Engine(
-                system,
-                arguments,
-                stack.enter_context(EngineProcess(system, log_folder / f"{system}.log", env)),
-            )
-            for system, arguments in engine_args.items()
-        ]
+        engines = []
+        for system, arguments in engine_args.items():
+            own = env | float32_env(arguments["dtype"])
+            process = EngineProcess(system, log_folder / f"{system}.log", own)
+            engines.append(Engine(system, arguments, stack.enter_context(process)))
+        yield engines

@@ -11,6 +11,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from layerskip_vllm.tools.float32 import IEEE_FLOAT32
 from layerskip_vllm.tools.server.metrics import SpecDecodeCounters
 from layerskip_vllm.tools.server.process import Server
 
@@ -24,6 +25,7 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_NO_USAGE_STATS": "1",
+    **IEEE_FLOAT32,
 }
 FLAGS = [
     "--served-model-name=model",

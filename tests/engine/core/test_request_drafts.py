@@ -7,6 +7,8 @@ from tests.support.checkpoints import NUM_LAYERS
 from tests.support.checks import assert_same_outputs, assert_some_accepted_some_refused
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
+pytestmark = pytest.mark.gpu
+
 K = 4
 DETAILED = {"per_request_spec_decode_metrics": "detailed"}
 

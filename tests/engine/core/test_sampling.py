@@ -10,15 +10,18 @@ import pytest
 
 from layerskip_vllm.tools.verify.statistics import compare_samples
 from tests.support.checks import assert_some_accepted_some_refused
+from tests.support.engine_process import IS_ON_GPU, TESTED_RUNNERS
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
+
+pytestmark = pytest.mark.gpu
 
 # The probability that one comparison calls two samples of one distribution different.
 FALSE_ALARM = 1e-6
 VOCAB_SIZE = 24
 # One token more than a block of the KV cache: once cached, it looks like a decode to the scheduler.
 PROMPT = tokens(33, vocab_size=VOCAB_SIZE)
-# Model Runner V2 runs under Triton's interpreter, where a sample takes long.
-SAMPLE_SIZE = {"v1": 2000, "v2": 120}
+# Off a GPU, Model Runner V2 runs under Triton's interpreter, where a sample takes long.
+SAMPLE_SIZE = {"v1": 2000, "v2": 2000 if IS_ON_GPU else 120}
 # The first is the prompt's, then come two drafts and the token after them, then a second draft.
 K = 2
 MAX_TOKENS = 5
@@ -28,7 +31,7 @@ LOGIT_SCALE = 2.0
 EXIT_LAYER = 1
 
 
-@pytest.fixture(params=["v1", "v2"])
+@pytest.fixture(params=TESTED_RUNNERS)
 def name(request) -> str:
     return request.param
 

@@ -10,6 +10,8 @@ from tests.support.checks import (
 )
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
+pytestmark = pytest.mark.gpu
+
 BLOCK_BYTES = 1 << 17  # of the tiny Llama: 32 tokens, 8 layers, 2 heads of 32, keys and values
 
 
