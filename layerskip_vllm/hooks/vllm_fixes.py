@@ -1,7 +1,7 @@
 """The hooks that fix vLLM itself, for every speculative method; nothing here knows layerskip.
 
 Each is a bug that would make drafts wrong, or end the engine. `plugin` installs them in every
-process, also where vLLM has a registry of speculative methods; workers apply them.
+process, also where vLLM has a registry of speculative methods.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from layerskip_vllm.hooks import install
 
 if TYPE_CHECKING:
     import torch
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 FIXES: list[install.Hook] = []
 
@@ -110,3 +113,85 @@ def _top_k(original: Any) -> Any:
         return limited
 
     return apply_top_k_only
+
+
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+
+
+@_fix(
+    target=f"{_RUNNER}._sample",
+    relies_on=(
+        f"{_RUNNER}.discard_request_mask",
+        "vllm.v1.worker.gpu_input_batch:InputBatch.generators",
+    ),
+    why="on Model Runner V1, a seed is not drawn from in the middle of a prompt",
+    reason="A token is sampled after each part of a prompt and dropped; afterwards the seed's "
+    "generator is set back by what one draw takes on a GPU. A generator on a CPU cannot be set "
+    "back, which ends the engine, also without drafts; and probabilistic drafts draw more often.",
+    process="each worker with Model Runner V1",
+    upstream="not reported yet",
+    remove_when="V1 draws from no seed for tokens that it drops, or is dropped itself",
+)
+def _sample(original: Any) -> Any:
+    """Wrap it: take the generators of such requests out of the batch, also for what is drafted."""
+
+    @functools.wraps(original)
+    def _sample(self: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
+        generators = self.input_batch.generators
+        for index in [*generators]:
+            if self.discard_request_mask.np[index]:
+                del generators[index]
+        return original(self, *args, **kwargs)
+
+    return _sample
+
+
+@_fix(
+    target=f"{_RUNNER}._bookkeeping_sync",
+    relies_on=(f"{_RUNNER}.requests",),
+    why="the generators that were taken out of the batch are back in the next step",
+    process="each worker with Model Runner V1",
+    upstream="not reported yet",
+    remove_when=f"with the hook on `{_RUNNER}._sample`",
+)
+def _bookkeeping_sync(original: Any) -> Any:
+    """Wrap it: the original finds none to set back; then they are put in again."""
+
+    @functools.wraps(original)
+    def _bookkeeping_sync(self: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        for index, req_id in enumerate(self.input_batch.req_ids):
+            generator = self.requests[req_id].generator
+            if generator is not None:
+                self.input_batch.generators[index] = generator
+        return result
+
+    return _bookkeeping_sync
+
+
+@_fix(
+    target="vllm.v1.core.sched.scheduler:Scheduler._handle_stopped_request",
+    why="a session with streamed input goes on from the tokens that it has, not from drafts",
+    reason="A turn may end before the last draft that was accepted in its last step. Without "
+    "asynchronous scheduling vLLM then counts tokens as computed that are not in the session: the "
+    "next turn is answered as if its first tokens were others, or, if it is short, has no token "
+    "left to compute, which ends the engine.",
+    process="the engine core",
+    upstream="fixed in 0.33.0",
+    remove_when="0.32 is no longer supported",
+)
+def _handle_stopped_request(original: Any) -> Any:
+    """Wrap it: all of a turn's tokens but its last, at most, count as computed.
+
+    With asynchronous scheduling what is in flight counts too, until the original takes it away.
+    """
+
+    @functools.wraps(original)
+    def _handle_stopped_request(self: Scheduler, request: Request) -> bool:
+        if request.resumable:
+            num_computed = request.num_tokens - 1 + request.num_output_placeholders
+            request.num_computed_tokens = min(request.num_computed_tokens, num_computed)
+        is_finished: bool = original(self, request)
+        return is_finished
+
+    return _handle_stopped_request
