@@ -7,7 +7,7 @@ PYTHON_IN_VENV := .venv/bin/python
 ARGS ?=
 IN_TWO := --numprocesses 2 --dist loadfile
 # What takes both cores for one test.
-SERVICES := tests/e2e/distributed tests/e2e/reliability
+SERVICES := tests/e2e/distributed tests/e2e/reliability tests/e2e/test_documented.py
 
 .PHONY: help setup test test-all lint types docs package format demo check-gpu check-null-gpu clean
 
