@@ -29,6 +29,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from layerskip_vllm.hooks.install import hook_state
 from layerskip_vllm.hooks.method_hooks import METHOD_HOOKS
 from layerskip_vllm.hooks.vllm_fixes import FIXES
+from layerskip_vllm.hooks.vllm_source import read_digests
 from layerskip_vllm.plugin import register
 
 model = sys.argv[1]
@@ -53,6 +54,7 @@ def run(params, **kwargs):
 
 register()
 register()
+digests = read_digests(vllm.__version__)  # None for a fix that this version does not need
 from layerskip_vllm.drafting.speculator import LayerSkipSpeculator
 prepare_sampling, num_prepared = LayerSkipSpeculator.prepare_sampling, 0
 def count_prepared(self, *args):
@@ -77,7 +79,7 @@ except ValueError as error:
 print("seen:" + json.dumps({
     "is_patched": vllm.__file__.startswith(sys.argv[2]),
     "method_hooks": sorted({hook_state(hook) for hook in METHOD_HOOKS}),
-    "fixes": sorted({hook_state(hook) for hook in FIXES}),
+    "fixes": sorted({hook_state(hook) for hook in FIXES if digests[hook.name] is not None}),
     "exit_layer": from_flags.create_engine_config().speculative_config.exit_layer,
     "is_equal": plain == drafted,
     "num_accepted": num_accepted,
