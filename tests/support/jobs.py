@@ -161,7 +161,10 @@ class Server:
         if not turns or turns[-1].finish_reason is not None:
             turns.append(delta)
         else:
-            turns[-1] = replace(delta, token_ids=turns[-1].token_ids + delta.token_ids)
+            turn = turns[-1]
+            turns[-1] = replace(
+                delta, token_ids=turn.token_ids + delta.token_ids, text=turn.text + delta.text
+            )
         if delta.finish_reason is None or len(turns) == 1:
             return
         if self.waiting_turns[index]:
