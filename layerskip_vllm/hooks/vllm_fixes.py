@@ -10,14 +10,17 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from layerskip_vllm.hooks import install
+from layerskip_vllm.hooks.logits_fixes import LOGITS_FIXES
+from layerskip_vllm.hooks.logprob_fixes import LOGPROB_FIXES
 
 if TYPE_CHECKING:
     import torch
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
+    from vllm.v1.structured_output.backend_guidance import GuidanceGrammar
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-FIXES: list[install.Hook] = []
+FIXES: list[install.Hook] = [*LOGPROB_FIXES, *LOGITS_FIXES]
 
 _fix = functools.partial(install.hook, FIXES)
 
@@ -48,50 +51,6 @@ def _expand(original: Any) -> Any:
         output.copy_(values.repeat_interleave(num_tokens))
 
     return _expand_kernel_impl
-
-
-@_fix(
-    target="vllm.utils.cpu_triton_utils:_rejection_random_sample_kernel_impl",
-    why="on the CPU, sampling refuses the placeholder drafts of a prompt that is cached",
-    reason="A prompt that is cached but for one token gets placeholder drafts (-1), so that it "
-    "looks like any other request that drafts. On the CPU, sampling looks a placeholder's "
-    "probability up in the memory before that of token 0, and accepts it at random; tokens then "
-    "follow that belong to a later position. vLLM's kernel for GPUs refuses them "
-    "([vllm#46533](https://github.com/vllm-project/vllm/pull/46533)).",
-    process="each worker on a CPU",
-    upstream="not reported yet",
-    remove_when="vLLM's CPU kernel refuses negative drafts",
-)
-def _reject(original: Any) -> Any:
-    """Wrap it: token 0 for each placeholder, and a threshold that no ratio reaches."""
-
-    @functools.wraps(original)
-    def _rejection_random_sample_kernel_impl(
-        output_token_ids: torch.Tensor,
-        cu_num_draft_tokens: torch.Tensor,
-        draft_token_ids: torch.Tensor,
-        draft_probs: torch.Tensor | None,
-        target_probs: torch.Tensor,
-        bonus_token_ids: torch.Tensor,
-        recovered_token_ids: torch.Tensor,
-        uniform_probs: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        original(
-            output_token_ids,
-            cu_num_draft_tokens,
-            draft_token_ids.clamp(min=0),
-            draft_probs,
-            target_probs,
-            bonus_token_ids,
-            recovered_token_ids,
-            uniform_probs.masked_fill(draft_token_ids < 0, float("inf")),
-            *args,
-            **kwargs,
-        )
-
-    return _rejection_random_sample_kernel_impl
 
 
 @_fix(
@@ -195,3 +154,66 @@ def _handle_stopped_request(original: Any) -> Any:
         return is_finished
 
     return _handle_stopped_request
+
+
+@_fix(
+    target="vllm.v1.structured_output.backend_guidance:GuidanceGrammar.accept_tokens",
+    why="with the guidance backend, a draft that goes on after EOS is no error",
+    reason="A grammar allows everything after its end, which a request with `ignore_eos` goes on "
+    "to. vLLM gives the grammar all tokens of a step at once, and what comes after EOS is refused: "
+    "the request ends with an error. The other backends stop at EOS.",
+    process="the engine core",
+    upstream="not reported yet",
+    remove_when="vLLM's `GuidanceGrammar.accept_tokens` stops at EOS",
+)
+def _accept_tokens(original: Any) -> Any:
+    """Wrap it: the grammar takes tokens one by one, as without drafts."""
+
+    @functools.wraps(original)
+    def accept_tokens(self: GuidanceGrammar, request_id: str, tokens: list[int]) -> bool:
+        return all(original(self, request_id, [token]) for token in tokens)
+
+    return accept_tokens
+
+
+@_fix(
+    target="vllm.v1.core.sched.scheduler:Scheduler.make_spec_decoding_stats",
+    relies_on=("vllm.v1.core.sched.scheduler:Scheduler.update_from_output",),
+    why="vLLM counts no fewer drafts than it accepts",
+    reason="With asynchronous scheduling it takes drafts that a grammar does not allow off the "
+    "count of drafts. On Model Runner V1 those after the grammar's end are verified all the same, "
+    "and accepted.",
+    process="the engine core",
+    upstream="not reported yet",
+    remove_when="vLLM counts what is verified",
+)
+def _make_spec_decoding_stats(original: Any) -> Any:
+    """Wrap it: a draft that was accepted was allowed.
+
+    The step's numbers are corrected in place: `update_from_output` makes the request's own metrics
+    of them next.
+    """
+
+    @functools.wraps(original)
+    def make_spec_decoding_stats(
+        self: Scheduler,
+        spec_decoding_stats: Any,
+        num_draft_tokens: int,
+        num_accepted_tokens: int,
+        num_invalid_spec_tokens: dict[str, int] | None,
+        request_id: str,
+    ) -> Any:
+        if num_invalid_spec_tokens and request_id in num_invalid_spec_tokens:
+            num_refused = num_draft_tokens - num_accepted_tokens
+            num_invalid = min(num_invalid_spec_tokens[request_id], num_refused)
+            num_invalid_spec_tokens[request_id] = num_invalid
+        return original(
+            self,
+            spec_decoding_stats,
+            num_draft_tokens,
+            num_accepted_tokens,
+            num_invalid_spec_tokens,
+            request_id,
+        )
+
+    return make_spec_decoding_stats
