@@ -39,6 +39,8 @@ SHARED_SETTINGS = frozenset(
         "enforce_eager",
     }
 )
+# Those of vLLM's that are known: another may be lossy, as "fly" of 0.33 is.
+REJECTION_SAMPLE_METHODS = ("standard", "block", "synthetic")
 KNOWN_KEYS = SHARED_SETTINGS | {"method", "model", *FLAG_OF_SETTING}
 
 
@@ -61,6 +63,18 @@ def check_settings(settings: Mapping[str, Any], has_lora: bool) -> None:
     adapter = settings.get("exit_adapter")
     if adapter is not None and not isinstance(adapter, str):
         raise ValueError(f"exit_adapter is {adapter!r}; it must be the path of a folder.")
+    _check_sampling(settings, has_lora)
+
+
+def _check_sampling(settings: Mapping[str, Any], has_lora: bool) -> None:
+    """Refuse a way to verify drafts that may change the output, and ways to draft that clash."""
+    method = settings.get("rejection_sample_method", "standard")
+    if method not in REJECTION_SAMPLE_METHODS:
+        raise ValueError(
+            f"rejection_sample_method is {method!r}; with layerskip it must be 'standard' or "
+            "'block', which keep the target's distribution, or 'synthetic', which accepts drafts "
+            "at rates of your own to measure with."
+        )
     if not settings.get("use_local_argmax_reduction"):
         return
     if settings.get("draft_sample_method") == "probabilistic":
