@@ -12,7 +12,11 @@ from typing import Any
 import pytest
 import vllm
 
-from layerskip_vllm.hooks.vllm_source import SUPPORTED_VLLM_VERSIONS, find_file
+from layerskip_vllm.hooks.install import check
+from layerskip_vllm.hooks.uses import USES
+from layerskip_vllm.hooks.vllm_fixes import FIXES
+from layerskip_vllm.hooks.vllm_source import SUPPORTED_VLLM_VERSIONS, find_file, read_digests
+from scripts.compare_vllm import read_version
 from scripts.vllm_python import overlay_python
 from tests.support.engine_process import RUNNERS
 from tests.support.scripts import see
@@ -113,6 +117,12 @@ def patched_site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
             shutil.copy(original, file)
     subprocess.run(["git", "apply", "--verbose", str(diff)], cwd=site, check=True)
     return site
+
+
+def test_fixes_and_uses_fit_when_vllm_is_patched(patched_site: Path) -> None:
+    digests = read_digests(read_version(patched_site))
+    needed = [entry for entry in (*FIXES, *USES) if digests[entry.name] is not None]
+    assert [problem for entry in needed for problem in check(entry, digests, patched_site)] == []
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
