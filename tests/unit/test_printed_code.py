@@ -22,7 +22,7 @@ import pytest
 from layerskip_vllm.checkpoint.validation import parse
 from layerskip_vllm.tools.commands import COMMANDS, main
 from layerskip_vllm.training.run_config import RunConfig, read_tree
-from tests.documented import ROOT, Block, find_blocks
+from tests.documented import ROOT, Block, find_blocks, run_page
 
 BLOCKS = find_blocks()
 LANGUAGES = {"bash", "python", "json", "yaml", "text"}
@@ -165,3 +165,12 @@ def test_mark_stands_right_before_its_block() -> None:
         num_marks = len(re.findall(r"^<!-- (?:slow|not run)", text, re.MULTILINE))
         assert num_marks == len(list(filter(None, marks))), page
         assert len(marks) == len(re.findall(r"^ *```", text, re.MULTILINE)) / 2, page
+
+
+@pytest.mark.parametrize("code", ["false | cat\n", "echo $nothing\n", "cat nothing\n"])
+def test_run_of_a_page_says_what_is_wrong_when_a_command_fails(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = [Block("README.md", 1, "", "bash", "sleep 100 &\n"), Block("", 1, "", "bash", code)]
+    monkeypatch.setattr("tests.documented.find_blocks", lambda pages: blocks)
+    assert "ended with status 1" in str(run_page("README.md", is_slow=False, folder=tmp_path))
