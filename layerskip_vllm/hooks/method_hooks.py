@@ -166,12 +166,16 @@ def _log_engine_initialized(original: Any) -> Any:
 @_hook(
     target=f"{_SCHEDULER}.schedule",
     relies_on=(
+        f"{_SCHEDULER}.dynamic_sd_lookup",
+        f"{_SCHEDULER}.max_num_running_reqs",
         f"{_SCHEDULER}.update_draft_token_ids",
         f"{_SCHEDULER}.update_draft_token_ids_in_output",
     ),
-    why="a request has no more drafts verified than it asks for",
+    why="a request has no more drafts verified than it asks for, and none that nothing drafted",
     reason="The scheduler alone sets that number, for both model runners, and with asynchronous "
-    "scheduling too, where it deals in placeholders.",
+    "scheduling too, where it deals in placeholders. A request with one token left to compute "
+    "would get K of them, which are refused, but draw from its seed and exceed "
+    "`long_prefill_token_threshold`.",
     process="the engine core",
     remove_when="vLLM has a K for each request, or with `before_schedule` of the registry in the "
     "diff",
@@ -179,7 +183,8 @@ def _log_engine_initialized(original: Any) -> Any:
 def _schedule(original: Any) -> Any:
     """Wrap it: with a `LayerSkipConfig`, cut each running request's `spec_token_ids` first.
 
-    The original then reserves neither tokens nor blocks for what was cut.
+    The original then reserves neither tokens nor blocks for what was cut. It gives no placeholders
+    where K depends on the batch size, which it always does then: `dynamic_sd_lookup` is set.
     """
 
     @functools.wraps(original)
@@ -197,17 +202,16 @@ def _schedule(original: Any) -> Any:
     target=f"{_SCHEDULER}._update_after_schedule",
     relies_on=(f"{_ASYNC_SCHEDULER}._update_after_schedule",),
     why="a step drafts no more tokens than its requests ask for",
-    reason="And none if none does. A prompt that is cached but for one token, which vLLM pads with "
-    "K placeholder drafts, gets no more of them than its request asks for.",
+    reason="And none if none does.",
     process="the engine core",
     remove_when="vLLM has a K for each request, or with `after_schedule` of the registry in the "
     "diff",
 )
 def _update_after_schedule(original: Any) -> Any:
-    """Wrap it: with a `LayerSkipConfig`, cut the step before the original counts it.
+    """Wrap it: with a `LayerSkipConfig`, lower `num_spec_tokens_to_schedule` before the original.
 
-    That lowers `num_spec_tokens_to_schedule` (not with data parallelism, whose ranks must draft
-    alike) and takes placeholders away. `AsyncScheduler` calls this before it reads either.
+    Not with data parallelism, whose ranks must draft alike. `AsyncScheduler` calls this before it
+    reads that number.
     """
 
     @functools.wraps(original)
