@@ -82,12 +82,22 @@ def find_root(given: str) -> Path:
             return folder.resolve()
     if not re.fullmatch(r"\d[\w.+]*", given):
         raise SystemExit(f"{given!r} is no version, no wheel and no folder that holds vllm/.")
-    return fetch_python(given)
+    return _fetch(given)
 
 
 def find_old_root(version: str) -> Path | None:
     """Return the folder with a supported version's source; None stands for the installed one."""
-    return None if read_version(None) == version else fetch_python(version)
+    return None if read_version(None) == version else _fetch(version)
+
+
+def _fetch(version: str) -> Path:
+    try:
+        return fetch_python(version)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(
+            f"pip cannot download vLLM {version}, as it says above; give a release that has a "
+            "wheel, or a wheel or folder that is here."
+        ) from error
 
 
 def read_version(root: Path | None) -> str | None:

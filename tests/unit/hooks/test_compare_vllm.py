@@ -241,6 +241,19 @@ def test_a_release_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [command[-1] for command in commands] == ["vllm==2.0.0"]
 
 
+def test_a_release_is_asked_for_when_there_is_none_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(command: list[str], check: bool) -> None:
+        raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(vllm_python, "CACHE", tmp_path)
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(SystemExit, match=r"cannot download vLLM 9\.9\.9"):
+        compare_vllm.find_root("9.9.9")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_argument_is_refused_when_it_is_no_vllm(tmp_path: Path) -> None:
     for given in (str(tmp_path), "latest"):
         with pytest.raises(SystemExit, match="is no version, no wheel and no folder"):
