@@ -7,6 +7,7 @@ compiled operators of the vLLM that is installed.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,9 +21,18 @@ CACHE = ROOT / "build/vllm"  # git ignores it
 MAX_BYTES = 4 << 20  # of a file that is kept; larger ones are compiled, or tables for kernels
 
 
-def overlay_python(version: str) -> Path:
-    """Return the folder of a release's Python, with links to what the installed vLLM compiled."""
+def overlay_python(version: str, copy: str | None = None) -> Path:
+    """Return the folder of a release's Python, with links to what the installed vLLM compiled.
+
+    Args:
+        version: The release.
+        copy: A folder for a copy of it, over a vLLM other than that of .venv.
+    """
     folder = fetch_python(version)
+    if copy is not None:
+        if not Path(copy).is_dir():
+            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.so"))
+        folder = Path(copy).resolve()
     package = find_file("vllm")
     assert package is not None, "vLLM is not installed"
     installed = package.parent
