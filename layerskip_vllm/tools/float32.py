@@ -17,6 +17,6 @@ IEEE_FLOAT32: Mapping[str, str] = {
 }
 
 
-def float32_env(dtype: str) -> Mapping[str, str]:
+def float32_env(dtype: str) -> dict[str, str]:
     """Return the variables that an engine of this dtype needs: none if it is not float32."""
-    return IEEE_FLOAT32 if dtype in ("float32", "float") else {}
+    return dict(IEEE_FLOAT32) if dtype in ("float32", "float") else {}
