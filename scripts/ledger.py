@@ -248,8 +248,9 @@ so that either can become the other by adding fields:
 - **Another way to a configuration**: there, `configure(config)` completes a `SpeculativeConfig`,
   whose `method_config` is an opaque dict. Here, `create_config(args, ...)` makes a subclass: what
   layerskip refuses depends on the engine's arguments, such as a scheduler class, and its settings
-  are checked fields that `compute_hash` knows. The subclass presents itself as a `draft_model`,
-  so that it needs no `num_lookahead_tokens`.
+  are checked fields that `compute_hash` knows. The subclass presents itself as a `draft_model`, so
+  that it needs no `num_lookahead_tokens`, and the diff leaves `SpeculativeConfig`, whose methods
+  are a closed list, as it is.
 - **Another way to fewer drafts**: there, `suspend_drafting` and `verify_budget` of the drafter, for
   a step. Here, `before_schedule` and `after_schedule` in the engine core: a request's own K must be
   known before tokens and blocks are reserved for its drafts.
