@@ -62,6 +62,7 @@ stop() {
 serve() {
   local url=http://127.0.0.1:$1
   stop
+  ! curl --silent --output /dev/null "$url" || { echo "somebody serves at $url"; return 1; }
   "${@:2}" &
   server=$!
   until curl --silent --fail --output /dev/null "$url/v1/models"; do
