@@ -92,11 +92,10 @@ USES = (
             "SpeculatorCudaGraphManager",
         ),
         why="`DraftCudaGraphs` are vLLM's graphs of draft steps",
-        reason="vLLM never captures a draft of one token, and its drafts have no adapters.",
+        reason="vLLM's drafts have no adapters.",
         process=_V2_WORKER,
-        how="Overrides what is captured: adds sizes to `_capture_descs`, and puts as many adapters "
-        "in use as a graph will be run with.",
-        remove_when="vLLM captures drafts of each K, with adapters",
+        how="Has each captured with as many adapters in use as it will be run with.",
+        remove_when="vLLM captures drafts with adapters",
     ),
     Use(
         module="layerskip_vllm.drafting.kernels",

@@ -25,34 +25,39 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 NUM_SPECULATIVE_TOKENS = 3
 LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
-ONE_GRAPH, GRAPH_A_STEP, NO_GRAPH = "one a draft", "one a draft step", "none"
+FULL, NO_GRAPH = "full", "none"
 
 # name: (engine arguments, speculative settings, environment, which CUDA graphs the drafts must use)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str], str]] = {
     "eager": ({"enforce_eager": True}, {}, {}, NO_GRAPH),
-    "compiled, one graph a draft": ({}, {}, {}, ONE_GRAPH),
-    "Triton attention": ({"attention_backend": "TRITON_ATTN"}, {}, {}, ONE_GRAPH),
+    "compiled, a graph of a step": ({}, {}, {}, FULL),
+    "Triton attention": ({"attention_backend": "TRITON_ATTN"}, {}, {}, FULL),
     # It cannot change its metadata on the device.
-    "compiled, graph a step": ({"attention_backend": "FLEX_ATTENTION"}, {}, {}, GRAPH_A_STEP),
+    "metadata built between replays": ({"attention_backend": "FLEX_ATTENTION"}, {}, {}, FULL),
     "drafts eager, target with graphs": ({}, {"enforce_eager": True}, {}, NO_GRAPH),
-    "probabilistic drafts": ({}, {"draft_sample_method": "probabilistic"}, {}, ONE_GRAPH),
+    "probabilistic drafts": ({}, {"draft_sample_method": "probabilistic"}, {}, FULL),
     "K by batch size": (
         {},
         {"num_speculative_tokens_per_batch_size": [[1, 1, 3], [2, 3, 1], [4, 4, 0]]},
         {},
-        ONE_GRAPH,
+        FULL,
     ),
-    "no async scheduling": ({"async_scheduling": False}, {}, {}, ONE_GRAPH),
+    "no async scheduling": ({"async_scheduling": False}, {}, {}, FULL),
     # vLLM asserts that several ranges of compiled sizes come of a graph with a size in it.
     "one request, compiled in ranges": (
         {"max_num_seqs": 1, "compilation_config": {"compile_ranges_endpoints": [64]}},
         {},
         {},
-        ONE_GRAPH,
+        FULL,
     ),
-    "KV offloading": ({"kv_offloading_size": 0.05}, {}, {}, ONE_GRAPH),
-    "LoRA": (LORA, {}, {}, ONE_GRAPH),
-    "LoRA, graph a step": ({**LORA, "attention_backend": "FLEX_ATTENTION"}, {}, {}, GRAPH_A_STEP),
+    "KV offloading": ({"kv_offloading_size": 0.05}, {}, {}, FULL),
+    "LoRA": (LORA, {}, {}, FULL),
+    "LoRA, metadata built between replays": (
+        {**LORA, "attention_backend": "FLEX_ATTENTION"},
+        {},
+        {},
+        FULL,
+    ),
     "runner V1": ({}, {}, {"VLLM_USE_V2_MODEL_RUNNER": "0"}, "piecewise"),
     "LoRA, runner V1": (LORA, {}, {"VLLM_USE_V2_MODEL_RUNNER": "0"}, NO_GRAPH),
 }
@@ -125,20 +130,13 @@ def _describe(runner: Any, graphs: str) -> dict[str, Any]:
         return {"runner": "V1", "graphs": mode}
     speculator = runner.speculator
     assert type(speculator).__name__ == "LayerSkipSpeculator"
-    is_one = speculator.supports_decode_metadata_update
-    has_graphs = bool(speculator.graphs.graphs)
-    found = NO_GRAPH if not has_graphs else ONE_GRAPH if is_one else GRAPH_A_STEP
+    found = FULL if speculator.graphs.graphs else NO_GRAPH
     assert graphs == found, f"drafts ran with CUDA graphs {found!r}, not {graphs!r}"
     return {
         "runner": "V2",
         "graphs": found,
         "sizes": sorted(
-            (
-                desc.num_tokens,
-                getattr(desc, "num_speculative_tokens", NUM_SPECULATIVE_TOKENS),
-                desc.num_active_loras,
-            )
-            for desc in speculator.graphs.graphs
+            (desc.num_tokens, desc.num_active_loras) for desc in speculator.graphs.graphs
         ),
         "backends": sorted({g.backend.get_name() for g in speculator._all_attn_groups()}),
     }

@@ -75,7 +75,7 @@ def test_idle_rank_drafts_for_no_more_requests_than_the_busiest_has(
     def record(name: str, value: int) -> None:
         num_reqs[name] = value
 
-    monkeypatch.setattr(speculator, "prepare_draft", lambda *a: record("prepared", a[2]))
+    monkeypatch.setattr(speculator, "prepare_draft", lambda *a: record("prepared", a[3]))
     sync = DPSyncState(
         num_tokens_across_dp=torch.tensor([8, 8]), uniform_token_count=1, eager=False, num_reqs=2
     )
@@ -83,6 +83,7 @@ def test_idle_rank_drafts_for_no_more_requests_than_the_busiest_has(
         num_speculative_steps=K,
         max_model_len=64,
         input_buffers=None,
+        draft_steps=None,
         idx_mapping=None,
         lora=None,
         lora_ids=(),
