@@ -43,8 +43,9 @@ TABLE_ARGS = (
     *("--num-long-prompt-tokens", "3000"),
     *("--repeats", "5"),
 )
-# What may still be running when a test starts as the last one.
-_GRACE_S = 60.0
+# What may still be running when a test starts as the last one; and what a step has to write what it
+# knows once it is interrupted.
+_LAST_TEST_S, _LAST_WORDS_S = 40.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Step:
     Attributes:
         name: What it is called in the report.
         command: Its words.
-        budget_s: After this time it is ended.
+        budget_s: After this time it is interrupted.
         read: Its results from the file that the command has written, and whether all is well.
         result_path: That file.
     """
@@ -153,9 +154,9 @@ def make_steps(options: argparse.Namespace, scratch: Path) -> list[Step]:
     python, steps = sys.executable, []
     if options.part != "table":
         path, budget_s = scratch / "junit.xml", options.test_budget_s
-        command = [python, "-m", "pytest", "-m", "gpu", *options.tests, f"--junitxml={path}"]
+        command = [python, "-m", "pytest", "-v", "-m", "gpu", *options.tests, f"--junitxml={path}"]
         command += ["-p", "no:cacheprovider", f"--budget-s={budget_s}"]
-        steps.append(Step("tests", command, budget_s + _GRACE_S, read_tests, path))
+        steps.append(Step("tests", command, budget_s + _LAST_TEST_S, read_tests, path))
     for preset in options.presets if options.part != "tests" else ():
         path = scratch / f"{preset}.json"
         command = [python, "-m", "benchmarks.decoding.speedup", "--preset", preset]
@@ -180,8 +181,12 @@ def run_step(step: Step, env: Mapping[str, str], log: Any) -> dict[str, Any]:
         errors="replace",
         start_new_session=True,  # all that it starts is ended with it
     )
-    timer = threading.Timer(step.budget_s, os.killpg, (process.pid, signal.SIGKILL))
-    timer.start()
+    timers = [
+        threading.Timer(step.budget_s + delay_s, os.killpg, (process.pid, signal_number))
+        for delay_s, signal_number in ((0, signal.SIGINT), (_LAST_WORDS_S, signal.SIGKILL))
+    ]
+    for timer in timers:
+        timer.start()
     try:
         assert process.stdout is not None
         for line in process.stdout:
@@ -189,15 +194,16 @@ def run_step(step: Step, env: Mapping[str, str], log: Any) -> dict[str, Any]:
             log.write(line)
         status = process.wait()
     finally:
-        timer.cancel()
+        for timer in timers:
+            timer.cancel()
     took_s = time.monotonic() - start_s
     is_well = status == 0
     results: Mapping[str, Any] = {}
     if step.result_path.exists():
         is_read_well, results = step.read(step.result_path)
         is_well &= is_read_well
-    ended = " (ended, its time was over)" if status == -signal.SIGKILL else ""
-    words = f"{'ok' if is_well else 'FAILED'} after {took_s:.0f} s, status {status}{ended}"
+    late = " (interrupted: its time was over)" if took_s >= step.budget_s else ""
+    words = f"{'ok' if is_well else 'FAILED'} after {took_s:.0f} s, status {status}{late}"
     print(f"check-gpu: {step.name}: {words}", flush=True)
     return {"is_well": is_well, "status": status, "took_s": took_s, **results}
 

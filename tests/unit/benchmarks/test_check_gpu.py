@@ -34,11 +34,23 @@ def steps(monkeypatch, tmp_path):
     return stand_in
 
 
-def test_main_goes_on_when_a_step_fails_or_hangs(steps, tmp_path, capsys):
+def test_main_goes_on_when_a_step_fails_or_hangs(steps, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(check_gpu, "_LAST_WORDS_S", 3.0)
     good = f"open({str(tmp_path / 'good')!r}, 'w').write('{{\"value\": 5}}'); print('said')"
+    interrupted = f"""
+import time
+try:
+    print('begun', flush=True)
+    time.sleep(600)
+except KeyboardInterrupt:
+    open({str(tmp_path / "interrupted")!r}, 'w').write('{{"value": 4}}')
+    raise
+"""
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
     steps(
         ("bad", "raise SystemExit(3)", 60),
-        ("hanging", "import time; print('begun', flush=True); time.sleep(600)", 1),
+        ("interrupted", interrupted, 2),
+        ("deaf", deaf, 2),
         ("good", good, 60),
     )
     folder = tmp_path / "out"
@@ -46,13 +58,14 @@ def test_main_goes_on_when_a_step_fails_or_hangs(steps, tmp_path, capsys):
     report = json.loads((folder / "check-gpu.json").read_text())
     assert report["gpu"] == "no GPU"
     assert (report["bad"]["is_well"], report["bad"]["status"]) == (False, 3)
-    assert (report["hanging"]["is_well"], report["hanging"]["status"]) == (False, -9)
-    assert report["hanging"]["took_s"] < 30
+    assert (report["interrupted"]["is_well"], report["interrupted"]["value"]) == (False, 4)
+    assert (report["deaf"]["is_well"], report["deaf"]["status"]) == (False, -9)
+    assert report["deaf"]["took_s"] < 60
     assert (report["good"]["is_well"], report["good"]["value"]) == (True, 5)
     log = (folder / "check-gpu.log").read_text()
     assert "begun" in log
     assert "said" in log
-    assert "hanging: FAILED" in capsys.readouterr().out
+    assert "its time was over" in capsys.readouterr().out
 
 
 def test_main_keeps_the_other_parts_results_when_it_runs_again(steps, tmp_path):
