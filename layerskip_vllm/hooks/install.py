@@ -18,6 +18,7 @@ from typing import Any, Literal
 import wrapt
 
 from layerskip_vllm.hooks.vllm_source import (
+    RIGHT_VLLM,
     SUPPORTED_VLLM_VERSIONS,
     DigestTable,
     find_file,
@@ -130,7 +131,7 @@ def check_version(version: str, is_check_skipped: bool = False) -> None:
         return
     raise HookError(
         f"vLLM {version} is not supported by this version of layerskip-vllm. Install "
-        f"vllm=={' or vllm=='.join(SUPPORTED_VLLM_VERSIONS)}, or a layerskip-vllm made for vLLM "
+        f"{RIGHT_VLLM}, or a layerskip-vllm made for vLLM "
         f"{version}; VLLM_LAYERSKIP_SKIP_VERSION_CHECK=1 skips this check (and no other)."
     )
 
@@ -256,7 +257,7 @@ def _explain(problems: Sequence[str]) -> str:
     return (
         "layerskip-vllm cannot hook into this vLLM:\n  - "
         + "\n  - ".join(problems)
-        + f"\nInstall vllm=={SUPPORTED_VLLM_VERSIONS[-1]} unmodified, or a layerskip-vllm made for "
+        + f"\nInstall {RIGHT_VLLM} unmodified, or a layerskip-vllm made for "
         "this vLLM; to run without layerskip, uninstall layerskip-vllm or leave it out of "
         "VLLM_PLUGINS."
     )

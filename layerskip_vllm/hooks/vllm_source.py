@@ -26,6 +26,8 @@ SUPPORTED_VLLM_VERSIONS = tuple(
     sorted((file.stem for file in TABLES.glob("*.json")), key=lambda v: [*map(int, v.split("."))])
 )
 
+RIGHT_VLLM = " or ".join(f"vllm=={version}" for version in SUPPORTED_VLLM_VERSIONS)  # for messages
+
 
 def read_digests(version: str) -> DigestTable:
     """Read what a version's source must be: digests by name, by entry; None for one not needed.
