@@ -211,7 +211,8 @@ def run_step(step: Step, env: Mapping[str, str], log: Any) -> dict[str, Any]:
 def read_tests(path: Path) -> tuple[bool, dict[str, Any]]:
     """Return whether all tests were run and none failed, and each one's outcome and seconds."""
     tests: dict[str, dict[str, Any]] = {}
-    for case in ElementTree.parse(path).iter("testcase"):
+    # One that was interrupted has no name.
+    for case in ElementTree.parse(path).iterfind(".//testcase[@name]"):
         outcome = next(
             (child for child in case if child.tag in ("failure", "error", "skipped")), None
         )

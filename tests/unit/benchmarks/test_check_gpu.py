@@ -122,7 +122,7 @@ def test_report_has_each_tests_outcome(tmp_path):
         '<testsuites><testsuite><testcase classname="a" name="b" time="1.5"/>'
         '<testcase classname="a" name="c" time="0"><failure message="no">trace</failure></testcase>'
         '<testcase classname="a" name="d" time="0"><skipped message="on a CPU"/></testcase>'
-        "</testsuite></testsuites>"
+        '<testcase time="0.01"/></testsuite></testsuites>'
     )
     is_well, results = read_tests(path)
     assert is_well  # whether one failed is pytest's exit status
