@@ -3,7 +3,7 @@
 What runs as it is printed needs no mark. A comment right before a block says where that can't be:
 
     <!-- slow: five minutes -->     run by that command, not by `tests/e2e/test_documented.py`
-    <!-- not run: needs a GPU -->   parsed alone, as all blocks are by `tests/unit/test_printed_code.py`
+    <!-- not run: needs a GPU -->   parsed alone, as all are by `tests/unit/test_printed_code.py`
 """
 
 from __future__ import annotations
@@ -51,6 +51,13 @@ _SERVERS = ("vllm serve ", "python examples/ray_serve.py ")
 _SHELL = """
 set -euo pipefail
 pip() { echo "not installed again: $*"; }
+# ask URL [BODY]: what a server on this machine answers, whatever proxy there is.
+ask() {
+  python -c 'import sys, urllib.request as http
+request = http.Request(sys.argv[1], *(body.encode() for body in sys.argv[2:]))
+request.add_header("Content-Type", "application/json")
+print(http.build_opener(http.ProxyHandler({})).open(request).read().decode())' "$@"
+}
 server=
 stop() {
   [[ $server ]] || return 0
@@ -58,19 +65,18 @@ stop() {
   wait "$server"
   server=
 }
-# In a terminal of its own: it goes on until the next one starts.
+# serve PORT COMMAND: in a terminal of its own, until the next one starts.
 serve() {
-  local url=http://127.0.0.1:$1
+  local models=http://127.0.0.1:$1/v1/models
   stop
-  ! curl --silent --output /dev/null "$url" || { echo "somebody serves at $url"; return 1; }
+  ! ask "$models" 2>/dev/null || { echo "somebody serves at port $1"; return 1; }
   "${@:2}" &
   server=$!
-  until curl --silent --fail --output /dev/null "$url/v1/models"; do
+  until ask "$models" 2>/dev/null; do
     kill -0 "$server"
     sleep 1
   done
-  [[ $2 != vllm ]] || curl --silent --fail-with-body "$url/v1/completions" \\
-    --header 'Content-Type: application/json' --data '{"prompt": "def f(", "max_tokens": 16}'
+  [[ $2 != vllm ]] || ask "${models/models/completions}" '{"prompt": "def f(", "max_tokens": 16}'
 }
 """
 
