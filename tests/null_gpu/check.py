@@ -15,11 +15,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -33,7 +30,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str], str]] = {
     "compiled, a graph of a step": ({}, {}, {}, FULL),
     "Triton attention": ({"attention_backend": "TRITON_ATTN"}, {}, {}, FULL),
     # It cannot change its metadata on the device.
-    "metadata built between replays": ({"attention_backend": "FLEX_ATTENTION"}, {}, {}, FULL),
+    "metadata built between replays": (
+        {"attention_backend": "FLEX_ATTENTION"},
+        {},
+        {},
+        FULL,
+    ),
     "drafts eager, target with graphs": ({}, {"enforce_eager": True}, {}, NO_GRAPH),
     "probabilistic drafts": ({}, {"draft_sample_method": "probabilistic"}, {}, FULL),
     "K by batch size": (
@@ -42,6 +44,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str], str]] = {
         {},
         FULL,
     ),
+    # vLLM ends a step in which the host waits for the device.
+    "no host sync": ({}, {}, {"VLLM_GPU_SYNC_CHECK": "error"}, FULL),
     "no async scheduling": ({"async_scheduling": False}, {}, {}, FULL),
     # vLLM asserts that several ranges of compiled sizes come of a graph with a size in it.
     "one request, compiled in ranges": (
@@ -70,7 +74,7 @@ def run_case(name: str, model: str) -> None:
     import null_tokens
 
     null_tokens.apply()
-    torch.unique = _on_the_cpu(torch.unique)
+    _allow_copies_of_the_stand_in()
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -101,13 +105,18 @@ def run_case(name: str, model: str) -> None:
     print("result:", json.dumps(_describe(runner, graphs)))
 
 
-def _on_the_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel whose results have sizes of their own, which must be right (LoRA's metadata)."""
+def _allow_copies_of_the_stand_in() -> None:
+    """What says that each request got one token copies it to the device."""
+    from vllm.utils.gpu_sync_debug import gpu_sync_allowed
+    from vllm.v1.worker.gpu.async_utils import AsyncOutput
 
-    def run(tensor: torch.Tensor, **options: Any) -> Any:
-        return tuple(part.to(tensor.device) for part in function(tensor.cpu(), **options))
+    init = AsyncOutput.__init__
 
-    return run
+    def allowed(self: AsyncOutput, *args: Any, **kwargs: Any) -> None:
+        with gpu_sync_allowed():
+            init(self, *args, **kwargs)
+
+    AsyncOutput.__init__ = allowed
 
 
 def _make_adapters(model: Path) -> list[Any]:
@@ -147,7 +156,11 @@ def run_server(model: str) -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    flags = ["--speculative-model=layerskip", "--num-speculative-tokens=3", "--spec-exit-layer=2"]
+    flags = [
+        "--speculative-model=layerskip",
+        "--num-speculative-tokens=3",
+        "--spec-exit-layer=2",
+    ]
     sizes = ["--max-model-len=256", "--max-num-seqs=4", "--gpu-memory-utilization=0.5"]
     # Every process of the server must say that each request got one token.
     boot = "import null_tokens; null_tokens.apply()"
@@ -162,7 +175,15 @@ def run_server(model: str) -> None:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         }
         server = subprocess.Popen(
-            ["vllm", "serve", model, "--host=127.0.0.1", f"--port={port}", *flags, *sizes],
+            [
+                "vllm",
+                "serve",
+                model,
+                "--host=127.0.0.1",
+                f"--port={port}",
+                *flags,
+                *sizes,
+            ],
             env=environment,
             start_new_session=True,
         )
@@ -183,7 +204,9 @@ def _wait_and_complete(server: subprocess.Popen[bytes], url: str, model: str) ->
             time.sleep(1)
     body = {"model": model, "prompt": [2, 3, 4], "max_tokens": 8, "ignore_eos": True}
     request = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
     )
     answer = json.load(urllib.request.urlopen(request, timeout=120))
     assert answer["usage"]["completion_tokens"] == 8, answer
@@ -194,7 +217,10 @@ def _wait_and_complete(server: subprocess.Popen[bytes], url: str, model: str) ->
         if line.startswith("vllm:spec_decode_num_drafts_total")
     )
     assert float(counter.rsplit(" ", 1)[1]) > 0, counter
-    print("result:", json.dumps({"server": "answered", "drafts": counter.rsplit(" ", 1)[1]}))
+    print(
+        "result:",
+        json.dumps({"server": "answered", "drafts": counter.rsplit(" ", 1)[1]}),
+    )
 
 
 def main() -> int:
