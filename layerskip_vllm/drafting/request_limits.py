@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from layerskip_vllm.config.request import max_num_drafts
-from layerskip_vllm.config.speculative import get_layerskip_config
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
 
 
 def limit_drafts(scheduler: Scheduler) -> None:
@@ -51,23 +51,31 @@ def _pad_no_request(scheduler: Scheduler) -> None:
 def limit_step(scheduler: Scheduler, output: SchedulerOutput) -> None:
     """Have a step that has been scheduled draft as many tokens as its requests ask for, at most.
 
-    That is what the one that takes the most does, or none at all; one CUDA graph of K steps runs
-    them all the same.
+    That is what the one that takes the most does, or none at all; a request in the middle of its
+    prompt takes none.
 
     Args:
         scheduler: The scheduler of the step.
         output: The step; changed in place.
     """
-    requests = (scheduler.requests[req_id] for req_id in output.num_scheduled_tokens)
-    limits = [max_num_drafts(request.sampling_params) for request in requests]
     longest = max(
-        (scheduler.num_spec_tokens if limit is None else limit for limit in limits), default=0
+        (
+            _num_to_draft(scheduler, scheduler.requests[req_id], num_tokens)
+            for req_id, num_tokens in output.num_scheduled_tokens.items()
+        ),
+        default=0,
     )
-    # Data-parallel ranks must run as many draft steps as one another. Where K depends on the batch
-    # size, CUDA graphs are there for its values alone.
-    is_alone = scheduler.parallel_config.data_parallel_size == 1
-    config = get_layerskip_config(scheduler.vllm_config)
-    if is_alone and (longest == 0 or not config.uses_dynamic_speculative_decoding()):
+    # Data-parallel ranks must run as many draft steps as one another.
+    if scheduler.parallel_config.data_parallel_size == 1:
         output.num_spec_tokens_to_schedule = min(output.num_spec_tokens_to_schedule, longest)
     if longest == 0 and hasattr(output, "skip_drafts"):
         output.skip_drafts = True  # since vLLM 0.33; data-parallel ranks agree on it
+
+
+def _num_to_draft(scheduler: Scheduler, request: Request, num_scheduled_tokens: int) -> int:
+    """Count how many tokens a request drafts at most, after a step that runs so many of its own."""
+    num_computed = request.num_computed_tokens + num_scheduled_tokens
+    if num_computed < request.num_tokens + request.num_output_placeholders:
+        return 0
+    limit = max_num_drafts(request.sampling_params)
+    return scheduler.num_spec_tokens if limit is None else limit

@@ -13,7 +13,6 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.dp_utils import DPSyncState
 
-from layerskip_vllm.config.speculative import LayerSkipConfig
 from layerskip_vllm.drafting import speculator
 from layerskip_vllm.drafting.request_limits import limit_step
 from layerskip_vllm.drafting.speculator import LayerSkipSpeculator
@@ -22,21 +21,21 @@ from scripts.ledger import version_here
 K = 3
 
 
-def scheduled(num_ranks: int, *limits: int) -> SchedulerOutput:
-    """A step of requests with such limits, on one of some data-parallel ranks."""
+def scheduled(num_ranks: int, *limits: int, num_prompt_tokens: int = 5) -> SchedulerOutput:
+    """A step that runs the fifth token of requests with such limits, on a data-parallel rank."""
     requests = {
         str(i): SimpleNamespace(
-            sampling_params=SamplingParams(extra_args={"layerskip": {"num_speculative_tokens": n}})
+            num_computed_tokens=4,
+            num_tokens=num_prompt_tokens,
+            num_output_placeholders=0,
+            sampling_params=SamplingParams(extra_args={"layerskip": {"num_speculative_tokens": n}}),
         )
         for i, n in enumerate(limits)
     }
-    config = object.__new__(LayerSkipConfig)
-    config.num_speculative_tokens_per_batch_size = None
     scheduler: Any = SimpleNamespace(
         requests=requests,
         num_spec_tokens=K,
         parallel_config=SimpleNamespace(data_parallel_size=num_ranks),
-        vllm_config=SimpleNamespace(speculative_config=config),
     )
     output = SchedulerOutput.make_empty()
     output.num_scheduled_tokens = dict.fromkeys(requests, 1)
@@ -64,6 +63,14 @@ def test_step_drafts_what_its_requests_ask_for_when_ranks_can_agree_on_it(
         assert not hasattr(output, "skip_drafts")
     else:
         assert output.skip_drafts == is_skipped
+
+
+@pytest.mark.parametrize(("num_prompt_tokens", "num_drafts"), [(5, K), (6, 0)])
+def test_step_drafts_nothing_when_its_requests_are_all_in_their_prompts(
+    num_prompt_tokens: int, num_drafts: int
+) -> None:
+    output = scheduled(1, K, K, num_prompt_tokens=num_prompt_tokens)
+    assert output.num_spec_tokens_to_schedule == num_drafts
 
 
 def test_idle_rank_drafts_for_no_more_requests_than_the_busiest_has(
