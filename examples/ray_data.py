@@ -1,14 +1,7 @@
 """Ray Data LLM: batch inference over a data set, engines as Ray actors.
 
-In a cluster (`RAY_ADDRESS`, or `ray start` on this machine) or on this machine's GPUs:
-
-    python examples/ray_data.py
-
-On a CPU, where Ray is told of a GPU that does not exist:
-
-    pip install ./tests/support/ray_on_cpu
-    VLLM_LAYERSKIP_RAY_ON_CPU=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 \
-        python examples/ray_data.py --num-gpus 1
+Runs in a cluster (`RAY_ADDRESS`, or `ray start` on this machine) or on this machine's GPUs.
+`docs/distributed.md` has the command, and that for a CPU.
 """
 
 import argparse
@@ -54,9 +47,12 @@ def main() -> None:
         preprocess=to_request,
         postprocess=lambda row: {"prompt": row["prompt"], "text": row["generated_text"]},
     )
+    ray.data.DataContext.get_current().enable_progress_bars = False  # a table every ten seconds
+    print(f"completing {len(PROMPTS)} prompts with {args.model}", flush=True)
     rows = process(ray.data.from_items([{"prompt": prompt} for prompt in PROMPTS])).take_all()
     for row in rows:
         print(json.dumps(row))
+    ray.shutdown()
 
 
 if __name__ == "__main__":

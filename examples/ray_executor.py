@@ -1,18 +1,12 @@
 """vLLM's workers are Ray actors, wherever in the cluster there are GPUs for them.
 
-In a cluster (`RAY_ADDRESS`, or `ray start` on this machine) or on this machine's GPUs:
-
-    python examples/ray_executor.py --engine '{"tensor_parallel_size": 2}'
-
-On a CPU, where Ray is told of two GPUs that do not exist:
-
-    pip install ./tests/support/ray_on_cpu
-    VLLM_LAYERSKIP_RAY_ON_CPU=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 \
-        python examples/ray_executor.py --engine '{"tensor_parallel_size": 2}' --num-gpus 2
+Runs in a cluster (`RAY_ADDRESS`, or `ray start` on this machine) or on this machine's GPUs.
+`docs/distributed.md` has the command, and that for a CPU.
 """
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import ray
@@ -29,7 +23,10 @@ def main() -> None:
     parser.add_argument("--num-gpus", type=int, help="for Ray to count on; default: what it finds")
     parser.add_argument("--engine", type=json.loads, default={}, help="more engine arguments, JSON")
     args = parser.parse_args()
+    # An engine core of its own process is ended by a signal, of which Ray prints a stack trace.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     ray.init(num_gpus=args.num_gpus)
+    print(f"starting an engine for {args.model}; its workers are Ray actors", flush=True)
     engine = {
         "distributed_executor_backend": "ray",
         "speculative_config": {"method": "layerskip"},
@@ -43,6 +40,8 @@ def main() -> None:
     accepted = counts["vllm:spec_decode_num_accepted_tokens"].value
     drafted = counts["vllm:spec_decode_num_draft_tokens"].value
     print(f"{accepted} of {drafted} drafted tokens were accepted")
+    del llm  # its actors end before Ray does
+    ray.shutdown()
 
 
 if __name__ == "__main__":

@@ -1,16 +1,7 @@
 """Ray Serve LLM: OpenAI's interface over HTTP, replicas as Ray actors.
 
-In a cluster (`RAY_ADDRESS`, or `ray start` on this machine) or on this machine's GPUs:
-
-    python examples/ray_serve.py
-    curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \
-        -d '{"model": "layerskip", "prompt": "def quicksort(", "max_tokens": 32}'
-
-On a CPU, where Ray is told of a GPU that does not exist:
-
-    pip install ./tests/support/ray_on_cpu
-    VLLM_LAYERSKIP_RAY_ON_CPU=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 \
-        python examples/ray_serve.py --num-gpus 1
+Runs in a cluster (`RAY_ADDRESS`, or `ray start` on this machine) or on this machine's GPUs.
+`docs/distributed.md` has the command, and that for a CPU, with a request to it.
 """
 
 import argparse
@@ -45,6 +36,7 @@ def main() -> None:
             "env_vars": {k: v for k, v in os.environ.items() if k.startswith(("VLLM_", "OMP_"))}
         },
     )
+    print(f"starting a replica for {args.model}", flush=True)
     serve.start(http_options={"host": "127.0.0.1", "port": args.port})
     serve.run(build_openai_app({"llm_configs": [config]}), blocking=False)
     print("serving", flush=True)

@@ -1,12 +1,6 @@
 """Two ranks share a model and its drafts.
 
-On two GPUs:
-
-    python examples/tensor_parallel.py
-
-On a CPU, with one thread a rank:
-
-    VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 python examples/tensor_parallel.py
+Runs on two GPUs; `docs/distributed.md` has the command, and that for a CPU.
 """
 
 import argparse
@@ -31,6 +25,7 @@ def main() -> None:
         "disable_log_stats": False,
         **args.engine,
     }
+    print(f"starting an engine of two ranks for {args.model}", flush=True)
     llm = LLM(args.model, **engine)
     for output in llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=48)):
         print(json.dumps({"prompt": output.prompt, "text": output.outputs[0].text}))

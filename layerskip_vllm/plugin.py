@@ -15,7 +15,7 @@ from layerskip_vllm.hooks import method_hooks
 from layerskip_vllm.hooks.install import Entry, check_version, install
 from layerskip_vllm.hooks.uses import USES
 from layerskip_vllm.hooks.vllm_fixes import FIXES
-from layerskip_vllm.hooks.vllm_source import find_file, read_digests
+from layerskip_vllm.hooks.vllm_source import read_digests, source_digest
 
 SKIP_VERSION_CHECK = "VLLM_LAYERSKIP_SKIP_VERSION_CHECK"
 LOADERS = "vllm.model_executor.model_loader"
@@ -40,7 +40,7 @@ def register() -> None:
 
 def has_registry() -> bool:
     """Tell whether this vLLM has the registry of speculative methods of `patches/vllm-*.diff`."""
-    return find_file(method_hooks.REGISTRY) is not None
+    return source_digest(method_hooks.NEEDED_OF_REGISTRY) is not None
 
 
 def entries_here() -> tuple[Entry, ...]:

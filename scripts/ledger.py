@@ -1,6 +1,7 @@
-"""Writes what is made from the hooks: patches/README.md, and the digests of the installed vLLM.
+"""Writes what is made from the hooks: patches/README.md, and the digests of each supported vLLM.
 
-`python -m scripts.ledger` writes both, after a hook or what the plugin uses of vLLM has changed.
+`python -m scripts.ledger` writes both, after a hook or what the plugin uses of vLLM has changed;
+`python -m scripts.ledger VERSION` makes VERSION a supported one, or writes only its digests anew.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import ast
 import importlib
 import inspect
 import json
+import os
+import subprocess
+import sys
 import textwrap
-from collections.abc import Iterable, Mapping
-from importlib import metadata
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from layerskip_vllm.hooks.vllm_source import (
     source_digest,
 )
 from layerskip_vllm.plugin import LEDGER
+from scripts.vllm_python import overlay_python
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "patches/README.md"
@@ -45,12 +49,12 @@ API = (
 )
 
 
-def make_digests(version: str) -> dict[str, dict[str, str] | None]:
-    """Digest what each entry of the ledger relies on in the vLLM that is installed.
+def make_digests() -> dict[str, dict[str, str] | None]:
+    """Digest what each entry of the ledger relies on in the vLLM that this process imports.
 
-    Args:
-        version: Its version. An entry that its file says is not needed there stays so.
+    An entry that its version's file says is not needed there stays so.
     """
+    version = version_here()
     known = read_digests(version) if version in SUPPORTED_VLLM_VERSIONS else {}
     return {
         entry.name: None if known.get(entry.name, {}) is None else _digests_of(entry)
@@ -67,6 +71,12 @@ def _digests_of(entry: Entry) -> dict[str, str]:
         for name, is_whole in sorted(names.items())
         if name.rpartition(".")[0] not in entry.relies_on
     }
+
+
+def version_here() -> str:
+    """Return the release of the vLLM that this process imports."""
+    version: str = importlib.import_module("vllm").__version__
+    return version.partition("+")[0]
 
 
 def modules() -> list[str]:
@@ -197,7 +207,7 @@ Made by `python -m scripts.ledger` from `layerskip_vllm/hooks/`; a test compares
 
 ```bash
 vllm=$(python -c "from importlib.util import find_spec; print(find_spec('vllm').origin)")
-patch -p1 -d "$(dirname "$vllm")/.." < patches/vllm-0.32.0.diff
+patch -p1 -d "$(dirname "$vllm")/.." < patches/vllm-{newest}.diff
 ```
 
 All that stands under *Relies on* is checked before any hook is applied. `register()` raises, so
@@ -211,14 +221,12 @@ that vLLM does not start, if
 A hook is applied when its target's module is imported, so a process imports nothing for the
 plugin's sake. `layerskip-vllm doctor` prints the state of each entry.
 
-To support another vLLM: install it, read what has changed in everything that the last version's
-file in `layerskip_vllm/hooks/digests/` names, run the tests, write the new version's file with
-`python -m scripts.ledger`, and make a diff for it. An entry that is not needed there is set to
-`null` in the file, and stays so. To give a version up, delete its file and its diff.
+How another vLLM is supported, and one given up, is in
+[CONTRIBUTING.md](../CONTRIBUTING.md#add-a-vllm-version).
 
 ## Why hooks
 
-vLLM 0.32 has no interface for a drafter from outside that can use the model.
+vLLM {newest} has no interface for a drafter from outside that can use the model.
 `method="custom_class"` ([vllm#39487](https://github.com/vllm-project/vllm/pull/39487)) hands over
 token lists on the host, neither the model nor its KV cache, turns asynchronous scheduling off, and
 exists in Model Runner V1 alone. A common interface for drafters was asked for in
@@ -227,6 +235,32 @@ exists in Model Runner V1 alone. A common interface for drafters was asked for i
 `init_speculator` is a fixed list. SGLang has such a registry
 ([sglang#23991](https://github.com/sgl-project/sglang/pull/23991)), and the diff gives vLLM a like
 one.
+
+## The registry in the diff, and the one in review
+
+EAGLE-4's plugin (eagle-harness 0.1.3) is written for a registry that is in review for vLLM, in a
+file of the same name. The diff's has its names and call shapes as far as that plugin shows them,
+so that either can become the other by adding fields:
+
+- **The same**: `register_speculative_method(name, SpeculativeMethodSpec(...))` with all by keyword;
+  `speculator_cls`, Model Runner V2's drafter as "module:Class", made from `(vllm_config, device)`;
+  and that hooks into a step are methods of `BaseSpeculator` (`prepare_sampling`).
+- **Another way to a configuration**: there, `configure(config)` completes a `SpeculativeConfig`,
+  whose `method_config` is an opaque dict. Here, `create_config(args, ...)` makes a subclass: what
+  layerskip refuses depends on the engine's arguments, such as a scheduler class, and its settings
+  are checked fields that `compute_hash` knows. The subclass presents itself as a `draft_model`, so
+  that it needs no `num_lookahead_tokens`, and the diff leaves `SpeculativeConfig`, whose methods
+  are a closed list, as it is.
+- **Another way to fewer drafts**: there, `suspend_drafting` and `verify_budget` of the drafter, for
+  a step. Here, `before_schedule` and `after_schedule` in the engine core: a request's own K must be
+  known before tokens and blocks are reserved for its drafts.
+- **Not here**: `uses_target_hidden_states`, `uses_aux_hidden_states` and
+  `linear_attn_verify_extension`. Layerskip drafts from tokens, over the target's own KV cache.
+- **Only here**: `proposer_cls`, the drafter of Model Runner V1, which is what runs on CPUs; and
+  `add_cli_args`, `fold_cli_args`, `check_request` and `publish_info` for flags, for what a request
+  may ask for, and for metrics.
+
+Where vLLM has a registry without `create_config`, the plugin stays with its hooks.
 """
 
 _SECTIONS = (
@@ -238,9 +272,9 @@ _SECTIONS = (
 
 def write_page() -> str:
     """Write the ledger as Markdown: an entry for each hook, then for each module that uses vLLM."""
-    versions = ", ".join(SUPPORTED_VLLM_VERSIONS)
-    digests = read_digests(SUPPORTED_VLLM_VERSIONS[-1])
-    parts = [_INTRODUCTION.format(versions=versions, registry=REGISTRY)]
+    versions, newest = ", ".join(SUPPORTED_VLLM_VERSIONS), SUPPORTED_VLLM_VERSIONS[-1]
+    digests = read_digests(newest)
+    parts = [_INTRODUCTION.format(versions=versions, registry=REGISTRY, newest=newest)]
     for title, entries in _SECTIONS:
         parts.append(f"\n## {title}\n")
         parts += [_write_entry(entry, digests.get(entry.name) or {}) for entry in entries]
@@ -280,13 +314,34 @@ def _list_names(names: Iterable[str]) -> str:
     return "; ".join(f"in `{module}` {', '.join(by_module[module])}" for module in by_module)
 
 
-def main() -> None:
-    """Write the digests of the vLLM that is installed, then the ledger."""
-    version = metadata.version("vllm").partition("+")[0]
-    digests = json.dumps(make_digests(version), indent=2)
-    (TABLES / f"{version}.json").write_text(digests + "\n", encoding="utf-8")
-    PAGE.write_text(write_page(), encoding="utf-8")
+def write_digests(version: str) -> None:
+    """Write a version's file, in a process that imports that version where this one does not."""
+    if version == version_here():
+        text = json.dumps(make_digests(), indent=2) + "\n"
+        (TABLES / f"{version}.json").write_text(text, encoding="utf-8")
+        return
+    path = os.pathsep.join(filter(None, (str(overlay_python(version)), os.getenv("PYTHONPATH"))))
+    command = [sys.executable, "-m", "scripts.ledger", version]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, check=True)
+
+
+def main(versions: Sequence[str]) -> int:
+    """Write the digests of `versions`, of all supported ones if none is given, and the page.
+
+    Returns:
+        The exit status: 1 if a version's Python is not here and cannot be fetched.
+    """
+    failed = []
+    for version in versions or SUPPORTED_VLLM_VERSIONS:
+        try:
+            write_digests(version)
+        except subprocess.CalledProcessError as error:
+            failed.append(version)
+            print(f"the digests of vLLM {version} are not written: {error}", file=sys.stderr)
+    if not versions:
+        PAGE.write_text(write_page(), encoding="utf-8")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

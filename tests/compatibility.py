@@ -36,7 +36,6 @@ run on a GPU.
 _NOTES = """
 ## What vLLM itself leaves out
 
-- `logit_bias` and `min_p` are refused with every speculative method.
 - Sleep mode and offloading the KV cache to memory (`OffloadingConnector`) need a GPU. Offloading
   was run on a stand-in for one (`make check-null-gpu`), sleep mode was not run.
 - On the CPU, requests without an adapter get that of the last LoRA slot once `max_loras` adapters

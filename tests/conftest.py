@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,23 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.support.checkpoints import make_checkpoint
+from tests.support.engine_process import TESTED_RUNNERS
 from tests.support.engines import Engines, Runner
+
+_START_S = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the time budget of `benchmarks.check_gpu`."""
+    parser.addoption("--budget-s", type=float, help="run no test that would start later")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what would start after the budget's end."""
+    budget_s = item.config.getoption("--budget-s")
+    if budget_s is not None and time.monotonic() - _START_S > budget_s:
+        pytest.skip(f"not run: the {budget_s:g} seconds for all tests are over")
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +60,7 @@ def engines(
     engines.stop()
 
 
-@pytest.fixture(scope="session", params=["v1", "v2"])
+@pytest.fixture(scope="session", params=TESTED_RUNNERS)
 def runner(request: pytest.FixtureRequest, engines: Engines) -> Runner:
     """Each of vLLM's model runners; pytest runs all tests of one before those of the other."""
     return Runner(request.param, engines)

@@ -1,16 +1,21 @@
-"""Engines in processes of their own that take turns; a waiting one sleeps on its pipe."""
+"""Engines in processes of their own that take turns; a waiting one sleeps on its pipe.
+
+They start at the same time: most of a start is one thread's work.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip_vllm.tools.engine_process import EngineProcess
+from layerskip_vllm.tools.float32 import float32_env
 from layerskip_vllm.tools.server.metrics import SpecDecodeCounters
 
 if TYPE_CHECKING:
@@ -25,6 +30,23 @@ COUNTING_ENGINE: Mapping[str, Any] = {
     "enforce_eager": True,
     "disable_log_stats": False,
 }
+
+
+# What vLLM says on both model runners.
+_CAPTURED = re.compile(r"Graph capturing finished in (\d+) secs, took (-?[\d.]+) GiB")
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """What a step of decoding takes a GPU, by CUDA events; the median over steps.
+
+    Attributes:
+        forward_ms: The target, which verifies.
+        drafter_ms: All K draft steps.
+    """
+
+    forward_ms: float
+    drafter_ms: float
 
 
 @dataclass(frozen=True)
@@ -58,6 +80,9 @@ class Facts:
         device: What it runs on, in vLLM's word.
         mode: "compiled" or "eager".
         num_threads: OpenMP threads.
+        start_s: What its start took, beside those of the others.
+        capture_s: Of it, the capture of CUDA graphs, in whole seconds; None without any.
+        graph_gib: What the graphs take.
     """
 
     peak_memory_bytes: int
@@ -65,20 +90,26 @@ class Facts:
     device: str
     mode: str
     num_threads: int
+    start_s: float
+    capture_s: int | None = None
+    graph_gib: float | None = None
 
 
 # --- In an engine's process ---------------------------------------------------------------------
 
 
 _llm: LLM  # the process's own
+_start_s: float
 
 
 def load(engine_args: dict[str, Any]) -> Facts:
     """Load the engine, and keep it for the rounds."""
-    global _llm
+    global _llm, _start_s
     from vllm import LLM
 
-    _llm = LLM(**engine_args)
+    start_s = time.perf_counter()
+    _llm = LLM(**engine_args, worker_extension_cls="benchmarks.decoding.timed_worker.TimedWorker")
+    _start_s = time.perf_counter() - start_s
     return _gather_facts(_llm)
 
 
@@ -110,6 +141,12 @@ def run_round(
     return measurement, _gather_facts(_llm)
 
 
+def time_dummy_steps(batch_size: int, context_len: int) -> StepTimes | None:
+    """Time steps of decoding by themselves, where the worker can."""
+    times = _llm.collective_rpc("time_steps", args=(batch_size, context_len))[0]
+    return StepTimes(*times) if times else None
+
+
 def reload_weights(checkpoint: Path) -> None:
     """Load another checkpoint's weights in place, into the target alone."""
     _llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoint)})
@@ -122,15 +159,17 @@ def _gather_facts(llm: LLM) -> Facts:
     device = config.device_config.device_type
     num_blocks = config.cache_config.num_gpu_blocks
     assert num_blocks is not None  # it is loaded
+    # A GPU's worker may be in another process, whose memory PyTorch here knows nothing of.
     is_on_gpu = device == "cuda"
     return Facts(
-        peak_memory_bytes=torch.cuda.max_memory_allocated()
+        peak_memory_bytes=max(llm.collective_rpc("read_peak_memory"))
         if is_on_gpu
         else _peak_resident_bytes(),
         num_kv_tokens=num_blocks * config.cache_config.block_size,
         device=device,
         mode="eager" if config.compilation_config.mode == 0 else "compiled",
         num_threads=torch.get_num_threads(),
+        start_s=_start_s,
     )
 
 
@@ -162,20 +201,38 @@ class Engine:
     facts: Facts
 
     def __init__(self, system: str, engine_args: Mapping[str, Any], process: EngineProcess) -> None:
-        """Load the engine and wait until it is loaded."""
+        """Begin to load the engine."""
         self.system = system
         self._process = process
-        self.facts = process.run(f"{__name__}:load", dict(engine_args))
+        self._loading = process.submit(f"{__name__}:load", dict(engine_args))
+
+    def wait_until_loaded(self) -> None:
+        """Wait until it can run rounds."""
+        self._update(self._loading.result())
 
     def run_round(
         self, prompts: list[list[int]], max_tokens: int, temperature: float
     ) -> Measurement:
         """Run one round there and return what it measured."""
         measurement: Measurement
-        measurement, self.facts = self._process.run(
+        measurement, facts = self._process.run(
             f"{__name__}:run_round", prompts, max_tokens, temperature
         )
+        self._update(facts)
         return measurement
+
+    def time_steps(self, batch_size: int, context_len: int) -> StepTimes | None:
+        """Time steps of decoding there, on a GPU."""
+        times: StepTimes | None = self._process.run(
+            f"{__name__}:time_dummy_steps", batch_size, context_len
+        )
+        return times
+
+    def _update(self, facts: Facts) -> None:
+        if captured := _CAPTURED.search(self._process.log):
+            seconds, gib = captured.groups()
+            facts = replace(facts, capture_s=int(seconds), graph_gib=float(gib))
+        self.facts = facts
 
     def reload_weights(self, checkpoint: Path) -> None:
         """Load another checkpoint's weights in place, into the target alone."""
@@ -188,7 +245,7 @@ def run_engines(
     log_folder: Path,
     is_engine_process: bool = False,
 ) -> Iterator[list[Engine]]:
-    """Load the engines one after another, and end them whatever happens.
+    """Load the engines, and end them whatever happens.
 
     Args:
         engine_args: What `LLM` gets, by system.
@@ -200,13 +257,17 @@ def run_engines(
     Yields:
         The engines, loaded.
     """
-    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(is_engine_process))}
+    env = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(is_engine_process)),
+        "VLLM_LOGGING_LEVEL": "INFO",  # it has what the CUDA graphs took
+    }
     with contextlib.ExitStack() as stack:
-        yield [
-            Engine(
-                system,
-                arguments,
-                stack.enter_context(EngineProcess(system, log_folder / f"{system}.log", env)),
-            )
-            for system, arguments in engine_args.items()
-        ]
+        engines = []
+        for system, arguments in engine_args.items():
+            own = env | float32_env(arguments["dtype"])
+            process = EngineProcess(system, log_folder / f"{system}.log", own)
+            engines.append(Engine(system, arguments, stack.enter_context(process)))
+        for engine in engines:
+            engine.wait_until_loaded()
+        yield engines

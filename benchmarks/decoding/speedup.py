@@ -17,14 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.decoding.engines import Engine, Measurement, run_engines
+from benchmarks.decoding.engines import Engine, Measurement, StepTimes, run_engines
 from benchmarks.decoding.speedup_report import (
     BYTES_PER_WEIGHT,
     describe_run,
+    make_engine_table,
     make_speedup_table,
     speedups_to_json,
 )
-from benchmarks.decoding.speedup_summary import find_missed_thresholds, summarize
+from benchmarks.decoding.speedup_summary import Load, find_missed_thresholds, summarize
 from benchmarks.decoding.synthetic_checkpoint import (
     DEFAULT_FOLDER,
     MAX_POSITIONS,
@@ -32,6 +33,7 @@ from benchmarks.decoding.synthetic_checkpoint import (
     SyntheticCheckpoint,
     SyntheticSpec,
     make_prompts,
+    make_shape,
     read_checkpoint,
 )
 from benchmarks.decoding.weight_counts import count_weights
@@ -42,6 +44,7 @@ SYSTEMS = ("plain", "layerskip", "draft_model", "ngram")
 LOG_FOLDER = Path("benchmark-output/logs")
 NUM_WARM_UP_TOKENS = 24
 MARGIN_TOKENS = 64  # room for drafts past the end of a text
+_BLOCK_TOKENS = 128  # of the KV cache, the most that a platform takes by default
 _LEAST = {"repeats": 1, "num_prompt_tokens": 1, "max_tokens": 2, "num_speculative_tokens": 1}
 
 
@@ -58,13 +61,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     with run_engines(engine_args, LOG_FOLDER, options.engine_process) as engines:
         results = time_engines(engines, options, spec.vocab_size)
+        step_times = time_all_steps(engines, options)
         facts = {engine.system: engine.facts for engine in engines}
-    summaries = summarize(results, counts, options)
+    summaries = [
+        dataclasses.replace(line, step_times=step_times.get((line.load, line.system)))
+        for line in summarize(results, counts, options)
+    ]
     notes = describe_run(checkpoint, counts, facts, summaries, options)
     console = make_console()
     for note in notes:
         console.print(note, soft_wrap=True)
-    console.print(make_speedup_table(summaries, facts, counts, options))
+    console.print(make_speedup_table(summaries, options))
+    console.print(make_engine_table(facts, counts, options))
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.output, speedups_to_json(notes, facts, results, summaries))
@@ -98,15 +106,29 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--repeats", type=int, default=3, help="rounds of each system")
     parser.add_argument("--num-prompt-tokens", type=int, default=16)
-    parser.add_argument("--max-tokens", type=int, default=128, help="tokens a text")
+    parser.add_argument(
+        "--num-long-prompt-tokens", type=int, help="one request at a time has such a prompt, too"
+    )
+    parser.add_argument("--max-tokens", type=int, help="tokens a text (default: 128, on a GPU 512)")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--dtype", choices=sorted(BYTES_PER_WEIGHT), default="bfloat16")
     parser.add_argument(
         "--enforce-eager", action="store_true", help="no torch.compile, no CUDA graphs"
     )
-    parser.add_argument("--engine-process", action="store_true", help="as `LLM` runs by default")
-    parser.add_argument("--kv-cache-gib", type=float, default=0.5, help="for each engine")
+    parser.add_argument(
+        "--engine-process",
+        action=argparse.BooleanOptionalAction,
+        help="as `LLM` runs by default (default: on a GPU, where one process starves plain vLLM)",
+    )
+    parser.add_argument(
+        "--kv-cache-gib", type=float, help="for each engine (default: what the texts need)"
+    )
+    parser.add_argument(
+        "--dummy-weights",
+        action="store_true",
+        help="of the shape alone: no checkpoint is made, and a GPU's acceptance is as given",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoints", type=Path, default=DEFAULT_FOLDER)
     parser.add_argument("--output", type=Path, help="JSON file for all figures")
@@ -114,7 +136,13 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--check", action="store_true", help="exit 1 if a threshold is missed at batch 1"
     )
     options = parser.parse_args(arguments)
-    options.preset = options.preset or ("gpu-1b" if list_gpu_names() else "cpu-0.6b")
+    is_on_gpu = bool(list_gpu_names())
+    options.preset = options.preset or ("gpu-1b" if is_on_gpu else "cpu-0.6b")
+    options.max_tokens = options.max_tokens or (512 if is_on_gpu else 128)
+    if options.engine_process is None:
+        options.engine_process = is_on_gpu
+    # vLLM has no synthetic acceptance on the CPU's model runner.
+    options.is_acceptance_given = options.dummy_weights and is_on_gpu
     if options.exit_layer is None:
         options.exit_layer = PRESETS[options.preset].exit_layer
     for name, least in _LEAST.items():
@@ -123,10 +151,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             raise ValueError(f"{flag} is {getattr(options, name)}; it must be at least {least}.")
     if min(options.batch_sizes) < 1:
         raise ValueError(f"--batch-sizes has {min(options.batch_sizes)}; all must be at least 1.")
-    if options.num_prompt_tokens + options.max_tokens + MARGIN_TOKENS > MAX_POSITIONS:
+    longest = max(load.num_prompt_tokens for load in find_loads(options))
+    if longest + options.max_tokens + MARGIN_TOKENS > MAX_POSITIONS:
         raise ValueError(
-            f"--num-prompt-tokens and --max-tokens are {options.num_prompt_tokens} and "
-            f"{options.max_tokens}; together they must be at most {MAX_POSITIONS - MARGIN_TOKENS}."
+            f"The longest prompt and --max-tokens are {longest} and {options.max_tokens} tokens; "
+            f"together they must be at most {MAX_POSITIONS - MARGIN_TOKENS}."
         )
     is_enough = {"plain", "layerskip", "draft_model"} <= set(options.systems)
     if options.check and not (is_enough and 1 in options.batch_sizes):
@@ -134,6 +163,14 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             "--check needs batch size 1 and the systems plain, layerskip, draft_model."
         )
     return options
+
+
+def find_loads(options: argparse.Namespace) -> list[Load]:
+    """Return what is measured: every batch size, and a long prompt if there is to be one."""
+    loads = [Load(batch_size, options.num_prompt_tokens) for batch_size in options.batch_sizes]
+    if options.num_long_prompt_tokens:
+        loads.append(Load(1, options.num_long_prompt_tokens))
+    return loads
 
 
 def prepare_checkpoint(options: argparse.Namespace) -> tuple[SyntheticSpec, SyntheticCheckpoint]:
@@ -145,6 +182,8 @@ def prepare_checkpoint(options: argparse.Namespace) -> tuple[SyntheticSpec, Synt
         acceptance=options.acceptance,
         seed=options.seed,
     )
+    if options.dummy_weights:
+        return spec, make_shape(spec, options.checkpoints)
     command = [sys.executable, "-m", "benchmarks.decoding.synthetic_checkpoint"]
     for name in ("preset", "exit_layer", "num_speculative_tokens", "acceptance", "seed"):
         command += ["--" + name.replace("_", "-"), str(getattr(options, name))]
@@ -157,26 +196,34 @@ def make_engine_args(
     system: str, options: argparse.Namespace, checkpoint: SyntheticCheckpoint
 ) -> dict[str, Any]:
     """Return what `LLM` gets: the same for all systems but for the speculative configuration."""
-    num_tokens = {"num_speculative_tokens": options.num_speculative_tokens}
+    drafts: dict[str, Any] = {"num_speculative_tokens": options.num_speculative_tokens}
+    given = {
+        "rejection_sample_method": "synthetic",
+        "synthetic_acceptance_length": 1 + options.num_speculative_tokens * options.acceptance,
+    }
+    if options.is_acceptance_given and system != "ngram":
+        drafts |= given
     speculative_config: dict[str, Any] | None = {
         "plain": None,
-        "layerskip": {"method": "layerskip", "exit_layer": options.exit_layer, **num_tokens},
+        "layerskip": {"method": "layerskip", "exit_layer": options.exit_layer, **drafts},
         "draft_model": {
             "method": "draft_model",
             "model": str(checkpoint.draft_folder.resolve()),
-            **num_tokens,
+            **drafts,
         },
-        "ngram": {"method": "ngram", "prompt_lookup_max": 4, **num_tokens},
+        "ngram": {"method": "ngram", "prompt_lookup_max": 4, **drafts},
     }[system]
     return {
         "model": str(checkpoint.folder.resolve()),
+        "load_format": "dummy" if options.dummy_weights else "auto",
         "skip_tokenizer_init": True,
         "dtype": options.dtype,
-        "max_model_len": options.num_prompt_tokens + options.max_tokens + MARGIN_TOKENS,
+        "max_model_len": max(count_text_tokens(options, load) for load in find_loads(options)),
         "max_num_seqs": max(options.batch_sizes),
-        "kv_cache_memory_bytes": int(options.kv_cache_gib * 2**30),
-        # With the bytes given, no more than what a GPU must have free when the engine starts.
-        "gpu_memory_utilization": 0.9 / len(options.systems),
+        "kv_cache_memory_bytes": count_kv_bytes(options),
+        # With the bytes given, no more than what a GPU must have free when the engine starts, which
+        # is little beside what the others have taken by then.
+        "gpu_memory_utilization": 0.05,
         "enforce_eager": options.enforce_eager,
         "enable_prefix_caching": False,
         "disable_log_stats": False,
@@ -184,24 +231,62 @@ def make_engine_args(
     }
 
 
+def count_kv_bytes(options: argparse.Namespace) -> int:
+    """Return the KV cache that each engine gets: what the texts need, with a draft model's."""
+    if options.kv_cache_gib is not None:
+        return int(options.kv_cache_gib * 2**30)
+    spec = PRESETS[options.preset]
+    num_layers: int = spec.num_layers + options.exit_layer
+    layer_bytes = 2 * spec.num_kv_heads * spec.head_dim * BYTES_PER_WEIGHT[options.dtype]
+    num_blocks = max(
+        load.batch_size * -(-count_text_tokens(options, load) // _BLOCK_TOKENS)
+        for load in find_loads(options)
+    )
+    return (
+        (num_blocks + 1) * _BLOCK_TOKENS * num_layers * layer_bytes
+    )  # vLLM keeps a block for itself
+
+
+def count_text_tokens(options: argparse.Namespace, load: Load) -> int:
+    """Return the context that a text of a load needs, drafts past its end included."""
+    return int(load.num_prompt_tokens + options.max_tokens + MARGIN_TOKENS)
+
+
 def time_engines(
     engines: Sequence[Engine], options: argparse.Namespace, vocab_size: int
-) -> dict[int, dict[str, list[Measurement]]]:
-    """Run all rounds, the engines in turn, and return them by batch size and system."""
-    num_prompts = max(options.batch_sizes) * (options.repeats + 1)
-    prompts = make_prompts(vocab_size, num_prompts, options.num_prompt_tokens, options.seed + 1)
-    results: dict[int, dict[str, list[Measurement]]] = {
-        batch: {engine.system: [] for engine in engines} for batch in options.batch_sizes
-    }
-    for batch_size, by_system in results.items():
+) -> dict[Load, dict[str, list[Measurement]]]:
+    """Run all rounds, the engines in turn, and return them by load and system."""
+    results: dict[Load, dict[str, list[Measurement]]] = {}
+    for load in find_loads(options):
+        size = load.batch_size
+        prompts = make_prompts(
+            vocab_size, size * (options.repeats + 1), load.num_prompt_tokens, options.seed + 1
+        )
+        by_system: dict[str, list[Measurement]] = {engine.system: [] for engine in engines}
         for engine in engines:
-            engine.run_round(prompts[-batch_size:], NUM_WARM_UP_TOKENS, options.temperature)
+            engine.run_round(prompts[-size:], NUM_WARM_UP_TOKENS, options.temperature)
         for repeat in range(options.repeats):
-            batch = prompts[repeat * batch_size : (repeat + 1) * batch_size]
+            batch = prompts[repeat * size : (repeat + 1) * size]
             for engine in engines:
                 measurement = engine.run_round(batch, options.max_tokens, options.temperature)
                 by_system[engine.system].append(measurement)
+        results[load] = by_system
     return results
+
+
+def time_all_steps(
+    engines: Sequence[Engine], options: argparse.Namespace
+) -> dict[tuple[Load, str], StepTimes | None]:
+    """Time steps in the middle of a text, by load and system; on a GPU alone."""
+    if not list_gpu_names():
+        return {}
+    return {
+        (load, engine.system): engine.time_steps(
+            load.batch_size, load.num_prompt_tokens + options.max_tokens // 2
+        )
+        for load in find_loads(options)
+        for engine in engines
+    }
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.decoding.engines import Measurement
+from benchmarks.decoding.engines import Measurement, StepTimes
 from benchmarks.decoding.weight_counts import WeightCounts
 from layerskip_vllm.tools.speedup_bound import bound_speedup
 from layerskip_vllm.tools.tokens import first_difference
@@ -17,11 +17,24 @@ MIN_SPEEDUP = 1.5
 
 
 @dataclass(frozen=True)
-class Summary:
-    """One line of the table: a system at a batch size, over all rounds.
+class Load:
+    """What is asked of the systems in a round.
 
     Attributes:
         batch_size: Requests decoded at once.
+        num_prompt_tokens: Of each.
+    """
+
+    batch_size: int
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One line of the table: a system under a load, over all rounds.
+
+    Attributes:
+        load: Requests decoded at once, and their prompts.
         system: What decoded.
         tokens_per_s: Median over the rounds.
         slowest: Tokens a second of the slowest round.
@@ -31,12 +44,13 @@ class Summary:
         accepted: Drafts accepted in a draft-and-verify round, on average.
         bound: What the weights read allow, in times plain (for drafts from the first E layers).
         share_of_bound: Speedup by bound.
-        same_texts: Share of texts equal to plain's.
+        same_texts: Share of texts equal to plain's; None where no text is to be.
         same_tokens: Share of tokens before the first that is not plain's.
         prefill_s: Median time to the first token.
+        step_times: What a step takes, where it was timed by itself.
     """
 
-    batch_size: int
+    load: Load
     system: str
     tokens_per_s: float
     slowest: float
@@ -49,23 +63,24 @@ class Summary:
     same_texts: float | None
     same_tokens: float | None
     prefill_s: float
+    step_times: StepTimes | None = None
 
 
 def summarize(
-    results: Mapping[int, Mapping[str, Sequence[Measurement]]],
+    results: Mapping[Load, Mapping[str, Sequence[Measurement]]],
     counts: WeightCounts,
     options: argparse.Namespace,
 ) -> list[Summary]:
     """Return the table's lines: medians, and ratios of rounds of the same turn."""
     return [
-        _summarize_system(batch_size, system, rounds, by_system.get("plain"), counts, options)
-        for batch_size, by_system in results.items()
+        _summarize_system(load, system, rounds, by_system.get("plain"), counts, options)
+        for load, by_system in results.items()
         for system, rounds in by_system.items()
     ]
 
 
 def _summarize_system(
-    batch_size: int,
+    load: Load,
     system: str,
     rounds: Sequence[Measurement],
     plain: Sequence[Measurement] | None,
@@ -84,9 +99,11 @@ def _summarize_system(
         if system in ("layerskip", "draft_model"):
             draft_share = counts.shares(options.exit_layer).total
             bound = bound_speedup(draft_share, options.num_speculative_tokens, accepted)
-    same_texts, same_tokens = compare_texts(rounds, plain) if plain else (None, None)
+    same_texts = same_tokens = None
+    if plain and not options.is_acceptance_given:
+        same_texts, same_tokens = compare_texts(rounds, plain)
     return Summary(
-        batch_size=batch_size,
+        load=load,
         system=system,
         tokens_per_s=statistics.median(rates),
         slowest=min(rates),
@@ -127,7 +144,8 @@ def find_missed_thresholds(summaries: Sequence[Summary]) -> list[str]:
     Raises:
         ValueError: If a system that the thresholds speak of was not measured at batch 1.
     """
-    measured = {line.system: line for line in summaries if line.batch_size == 1}
+    shortest = min(line.load.num_prompt_tokens for line in summaries)
+    measured = {line.system: line for line in summaries if line.load == Load(1, shortest)}
     if missing := {"plain", "layerskip", "draft_model"} - measured.keys():
         raise ValueError(
             f"--check compares plain, layerskip and draft_model at batch 1, but "

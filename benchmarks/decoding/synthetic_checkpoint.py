@@ -114,6 +114,8 @@ PRESETS = {
 class SyntheticCheckpoint:
     """A made checkpoint and what it does under greedy decoding in Transformers.
 
+    One without weights does nothing there: all but its folders is None.
+
     Attributes:
         folder: Where the checkpoint lies.
         draft_folder: The first E layers as a checkpoint of their own, with links to the same files.
@@ -126,10 +128,10 @@ class SyntheticCheckpoint:
 
     folder: Path
     draft_folder: Path
-    late_scale: float
-    acceptance: float
-    distinct_ngrams: float
-    near_ties: float
+    late_scale: float | None = None
+    acceptance: float | None = None
+    distinct_ngrams: float | None = None
+    near_ties: float | None = None
 
 
 def make_checkpoint(spec: SyntheticSpec, root: Path = DEFAULT_FOLDER) -> SyntheticCheckpoint:
@@ -162,6 +164,14 @@ def make_checkpoint(spec: SyntheticSpec, root: Path = DEFAULT_FOLDER) -> Synthet
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     return read_checkpoint(folder)
+
+
+def make_shape(spec: SyntheticSpec, root: Path = DEFAULT_FOLDER) -> SyntheticCheckpoint:
+    """Write the configs alone, for engines that draw their weights themselves."""
+    checkpoint = SyntheticCheckpoint(root / f"{spec.name()}-shape", root / f"{spec.name()}-draft")
+    _make_config(spec).save_pretrained(checkpoint.folder)
+    _make_config(spec, num_layers=spec.exit_layer).save_pretrained(checkpoint.draft_folder)
+    return checkpoint
 
 
 def read_checkpoint(folder: Path) -> SyntheticCheckpoint:

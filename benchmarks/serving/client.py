@@ -96,7 +96,7 @@ class StreamAssembler:
             if choice.get("token_ids") is None:
                 raise StreamError(
                     "the server sent no token_ids though return_token_ids was asked for; "
-                    "it must be vLLM 0.32.0."
+                    "it must be vLLM 0.32.0 or later."
                 )
             self._token_ids += choice["token_ids"]
         num_new = len(self._token_ids) - num_before

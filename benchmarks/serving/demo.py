@@ -37,6 +37,7 @@ from benchmarks.serving.vllm_command import (
     build_env,
     resolve_vllm,
 )
+from layerskip_vllm.tools.float32 import float32_env
 from layerskip_vllm.tools.hardware import describe_hardware, list_gpu_names
 from layerskip_vllm.tools.output import make_console, write_json
 from layerskip_vllm.tools.prompts import held_out_prompts
@@ -168,6 +169,7 @@ def run(args: argparse.Namespace, console: Console) -> tuple[list[Comparison], R
 
 def _make_server(args: argparse.Namespace, name: str, command: Sequence[str]) -> Server:
     env = build_env(name, args.model, is_gpu=bool(list_gpu_names()))
+    env |= float32_env(args.dtype)
     return Server(name, resolve_vllm(command), args.output_dir / f"{name}.log", env)
 
 

@@ -47,21 +47,15 @@ def build_commands(
 
 
 def resolve_vllm(command: Sequence[str]) -> list[str]:
-    """Find the `vllm` that belongs to the running Python.
+    """Have the running Python run a command that begins with `vllm`, script or no script.
 
     Args:
-        command: A command that begins with `vllm`.
+        command: The command.
 
     Returns:
-        The command with its path.
-
-    Raises:
-        ValueError: If this Python has none.
+        The same for this Python.
     """
-    executable = Path(sys.executable).with_name("vllm")
-    if not executable.exists():
-        raise ValueError(f"there is no {executable}; run `make setup`, then .venv/bin/python.")
-    return [str(executable), *command[1:]]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", *command[1:]]
 
 
 def build_env(name: str, model: str, is_gpu: bool) -> dict[str, str]:

@@ -40,6 +40,8 @@ SHARED_SETTINGS = frozenset(
         "enforce_eager",
     }
 )
+# Those of vLLM's that are known: another may be lossy, as "fly" of 0.33 is.
+REJECTION_SAMPLE_METHODS = ("standard", "block", "synthetic")
 KNOWN_KEYS = SHARED_SETTINGS | {"method", "model", *FLAG_OF_SETTING}
 
 
@@ -64,6 +66,18 @@ def check_settings(settings: Mapping[str, Any], has_lora: bool) -> None:
             raise ValueError(f"{key} is {settings[key]!r}; it must be the path of a {what}.")
     if "draft_vocab" in settings:
         _check_head(settings, has_lora)
+    _check_sampling(settings, has_lora)
+
+
+def _check_sampling(settings: Mapping[str, Any], has_lora: bool) -> None:
+    """Refuse a way to verify drafts that may change the output, and ways to draft that clash."""
+    method = settings.get("rejection_sample_method", "standard")
+    if method not in REJECTION_SAMPLE_METHODS:
+        raise ValueError(
+            f"rejection_sample_method is {method!r}; with layerskip it must be 'standard' or "
+            "'block', which keep the target's distribution, or 'synthetic', which accepts drafts "
+            "at rates of your own to measure with."
+        )
     if not settings.get("use_local_argmax_reduction"):
         return
     if settings.get("draft_sample_method") == "probabilistic":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from vllm.exceptions import VLLMValidationError
 
@@ -53,7 +53,7 @@ def check_request(params: SamplingParams, speculative_config: SpeculativeConfig 
         raise RequestError(f"{_NAME} has {unknown[0]!r}; {FIELD!r} is all that it can have.")
     limit = speculative_config.num_speculative_tokens
     value = entry.get(FIELD, limit)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= limit:
+    if not _is_count(value) or value > limit:
         raise RequestError(
             f"{_NAME}[{FIELD!r}] is {value!r}; it must be an integer from 0, which turns drafting "
             f"off, to {limit}, the engine's {FIELD}."
@@ -61,11 +61,20 @@ def check_request(params: SamplingParams, speculative_config: SpeculativeConfig 
 
 
 def max_num_drafts(params: SamplingParams | None) -> int | None:
-    """Read how many tokens a request that was checked drafts at most, None if it does not say."""
+    """Read how many tokens a request drafts at most, None if it does not say.
+
+    One that is of the wrong form says nothing: a client that adds requests to the engine core
+    itself gets it past all checks, and a step must not fail for all the requests that it schedules.
+    """
     if params is None or not params.extra_args or KEY not in params.extra_args:
         return None
-    num_drafts: int | None = _read_entry(params.extra_args[KEY]).get(FIELD)
-    return num_drafts
+    entry = _read_entry(params.extra_args[KEY])
+    num_drafts = entry.get(FIELD) if isinstance(entry, dict) else None
+    return num_drafts if _is_count(num_drafts) else None
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _read_entry(given: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from dataclasses import field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import override
 from vllm.config.speculative import SpeculativeConfig
@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 from layerskip_vllm.checkpoint.draft_vocab import read_draft_vocab
 from layerskip_vllm.checkpoint.entry import DraftSettings, Setting, default_settings
 from layerskip_vllm.checkpoint.exit_adapter import read_exit_adapter_config
-from layerskip_vllm.config.flags import read_settings
+from layerskip_vllm.config.flags import METHOD, read_settings
 from layerskip_vllm.config.refusals import (
     check_draft,
     check_draft_vocab,
@@ -43,6 +43,9 @@ class LayerSkipConfig(SpeculativeConfig):
     To the rest of vLLM it is a `draft_model` configuration whose draft model is the target itself,
     so that scheduling, lookahead slots, metrics and the rejection sampler are vLLM's own.
     """
+
+    registered_method: ClassVar[str] = METHOD
+    """What a registry of speculative methods knows it by (`patches/vllm-*.diff`)."""
 
     exit_layer: int = 0
     """E, the number of layers that draft: layers [0, E)."""

@@ -9,7 +9,6 @@ import torch
 from typing_extensions import override
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm.v1.worker.gpu.cudagraph_utils import (
     BatchExecutionDescriptor,
     CreateForwardFn,
@@ -17,11 +16,9 @@ from vllm.v1.worker.gpu.cudagraph_utils import (
 )
 from vllm.v1.worker.gpu.lora_utils import create_lora_capture_hook, get_lora_capture_cases
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
-    SpeculatorBatchDescriptor,
     SpeculatorCudaGraphManager,
 )
 
-from layerskip_vllm.config.speculative import get_layerskip_config
 from layerskip_vllm.drafting.lora import DraftLoRA
 
 
@@ -43,13 +40,10 @@ class _CudaGraphsWithLoRA(CudaGraphManager):
 
 
 class DraftCudaGraphs(SpeculatorCudaGraphManager, _CudaGraphsWithLoRA):
-    """vLLM's graphs of draft steps, with those of a single step where K depends on the batch.
+    """vLLM's graphs of draft steps, one of a step for each batch size, replayed K times.
 
-    Differs from its base, whose first draft step belongs to another graph, so that it never
-    captures a draft of one token, and whose drafts have no adapters.
+    Differs from its base, whose drafts have no adapters.
     """
-
-    _capture_descs: dict[CUDAGraphMode, list[BatchExecutionDescriptor]]
 
     def __init__(
         self,
@@ -67,22 +61,3 @@ class DraftCudaGraphs(SpeculatorCudaGraphManager, _CudaGraphsWithLoRA):
             lora_capture_cases=get_lora_capture_cases(lora_config, vllm_config.compilation_config),
         )
         self.select_dummy_loras = create_lora_capture_hook(lora_config, lora)
-
-    @override
-    def capture(self, *args: Any, specialize_spec_tokens: bool = False, **kwargs: Any) -> None:
-        if specialize_spec_tokens:
-            config = get_layerskip_config(self.vllm_config)
-            schedule = build_dynamic_sd_schedule_lookup(
-                config.num_speculative_tokens_per_batch_size,
-                vllm_max_batch_size=self.max_num_reqs,
-                vllm_num_speculative_tokens=config.num_speculative_tokens,
-            )
-            self._capture_descs = {
-                mode: [
-                    SpeculatorBatchDescriptor(**vars(desc), num_speculative_tokens=k)
-                    for desc in descs
-                    for k in sorted(set(schedule) - {0}, reverse=True)
-                ]
-                for mode, descs in self._capture_descs.items()
-            }
-        super().capture(*args, **kwargs)

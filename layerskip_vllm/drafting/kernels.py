@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import torch
 from vllm.triton_utils import tl, triton
-from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.input_batch import InputBuffers
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _prepare_draft_kernel(  # type: ignore[no-untyped-def]
     input_ids_ptr,
     positions_ptr,
+    is_padding_ptr,
     query_start_loc_ptr,
     seq_lens_ptr,
+    steps_ptr,
     idx_mapping_ptr,
     target_seq_lens_ptr,
     num_sampled_ptr,
@@ -40,7 +42,10 @@ def _prepare_draft_kernel(  # type: ignore[no-untyped-def]
             )
         for start in range(num_reqs, max_num_reqs, BLOCK_SIZE):
             block = start + tl.arange(0, BLOCK_SIZE)
-            tl.store(seq_lens_ptr + block, 0, mask=block < max_num_reqs)
+            is_row = block < max_num_reqs
+            tl.store(seq_lens_ptr + block, 0, mask=is_row)
+            tl.store(is_padding_ptr + block, 1, mask=is_row)
+            tl.store(steps_ptr + block, 0, mask=is_row)
         return
 
     req_state_idx = tl.load(idx_mapping_ptr + req_idx)
@@ -55,13 +60,17 @@ def _prepare_draft_kernel(  # type: ignore[no-untyped-def]
     tl.store(idx_mapping_ptr + req_idx, tl.where(is_active, req_state_idx, -1))
     tl.store(input_ids_ptr + req_idx, token.to(tl.int32))
     tl.store(positions_ptr + req_idx, position)
+    tl.store(is_padding_ptr + req_idx, ~is_active)
     tl.store(seq_lens_ptr + req_idx, position + 1)
+    tl.store(steps_ptr + req_idx, 0)
 
 
 def prepare_draft(
     buffers: InputBuffers,
+    steps: torch.Tensor,
     idx_mapping: torch.Tensor,
-    batch: InputBatch,
+    num_reqs: int,
+    seq_lens: torch.Tensor,
     num_sampled: torch.Tensor,
     num_rejected: torch.Tensor,
     last_sampled: torch.Tensor,
@@ -70,22 +79,27 @@ def prepare_draft(
     """Set up the first draft step: each request's last token, at its own position.
 
     Args:
-        buffers: Written: `input_ids`, `positions`, `query_start_loc` and `seq_lens`.
+        buffers: Written: `input_ids`, `positions`, `is_padding` (rows that draft for nothing, which
+            a mixture of experts leaves out), `query_start_loc` and `seq_lens`.
+        steps: `[max_num_reqs] int64`, each row's draft step, set to 0.
         idx_mapping: `[max_num_reqs] int64`, request to request state; set to -1 for rows that
             draft for nothing (the middle of a prompt, the end of the context).
-        batch: What the target has just run.
+        num_reqs: The size of the batch that the target has just run.
+        seq_lens: `[num_reqs] int32`, each request's tokens in that run and before.
         num_sampled: `[num_reqs] int32`, tokens that it sampled; 0 in the middle of a prompt.
         num_rejected: `[num_reqs] int32`, drafts that it refused.
         last_sampled: `[max_num_reqs, 1] or [max_num_reqs]`, by request state.
         max_model_len: The first position that cannot be run.
     """
-    _prepare_draft_kernel[(batch.num_reqs + 1,)](
+    _prepare_draft_kernel[(num_reqs + 1,)](
         buffers.input_ids,
         buffers.positions,
+        buffers.is_padding,
         buffers.query_start_loc,
         buffers.seq_lens,
+        steps,
         idx_mapping,
-        batch.seq_lens,
+        seq_lens,
         num_sampled,
         num_rejected,
         last_sampled,
@@ -99,9 +113,11 @@ def prepare_draft(
 def _advance_draft_kernel(  # type: ignore[no-untyped-def]
     draft_tokens_ptr,
     draft_tokens_stride,
-    step_ptr,
+    num_steps,
+    steps_ptr,
     input_ids_ptr,
     positions_ptr,
+    is_padding_ptr,
     seq_lens_ptr,
     idx_mapping_ptr,
     sampled_ptr,
@@ -109,14 +125,18 @@ def _advance_draft_kernel(  # type: ignore[no-untyped-def]
 ):
     req_idx = tl.program_id(0)
     token = tl.load(sampled_ptr + req_idx)
-    step = tl.load(step_ptr)
-    tl.store(draft_tokens_ptr + req_idx * draft_tokens_stride + step, token)
+    step = tl.load(steps_ptr + req_idx)
+    # Captures and warm-ups run steps without a draft that they would be of.
+    is_drafting = step < num_steps
+    tl.store(draft_tokens_ptr + req_idx * draft_tokens_stride + step, token, mask=is_drafting)
+    tl.store(steps_ptr + req_idx, step + 1)
 
     if tl.load(idx_mapping_ptr + req_idx) < 0:
         return
     position = tl.load(positions_ptr + req_idx) + 1
     if position >= max_model_len:
         tl.store(idx_mapping_ptr + req_idx, -1)
+        tl.store(is_padding_ptr + req_idx, 1)
         return
     tl.store(input_ids_ptr + req_idx, token.to(tl.int32))
     tl.store(positions_ptr + req_idx, position)
@@ -125,7 +145,7 @@ def _advance_draft_kernel(  # type: ignore[no-untyped-def]
 
 def advance_draft(
     draft_tokens: torch.Tensor,
-    step: torch.Tensor,
+    steps: torch.Tensor,
     buffers: InputBuffers,
     idx_mapping: torch.Tensor,
     sampled: torch.Tensor,
@@ -133,10 +153,13 @@ def advance_draft(
 ) -> None:
     """Record the tokens of a draft step and feed them to the next, one position further.
 
+    The step is on the device, a copy for each row, so that no program waits for another and one
+    CUDA graph is any step.
+
     Args:
-        draft_tokens: `[max_num_reqs, num_speculative_tokens] int64`; column `step` is written.
-        step: The step, a scalar `int64` on the device.
-        buffers: Written: `input_ids`, `positions` and `seq_lens`.
+        draft_tokens: `[max_num_reqs, num_speculative_tokens] int64`; the step's column is written.
+        steps: `[max_num_reqs] int64`, each row's step; moved on by one.
+        buffers: Written: `input_ids`, `positions`, `is_padding` and `seq_lens`.
         idx_mapping: `[max_num_reqs] int64`; set to -1 for rows that reach the end of the context.
         sampled: `[num_reqs] int64`, the step's tokens.
         max_model_len: The first position that cannot be run.
@@ -144,9 +167,11 @@ def advance_draft(
     _advance_draft_kernel[(sampled.shape[0],)](
         draft_tokens,
         draft_tokens.stride(0),
-        step,
+        draft_tokens.shape[1],
+        steps,
         buffers.input_ids,
         buffers.positions,
+        buffers.is_padding,
         buffers.seq_lens,
         idx_mapping,
         sampled,

@@ -22,6 +22,7 @@ from vllm.v1.sample.sampler import _SAMPLING_EPS
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.worker.utils import AttentionGroup
 
+from layerskip_vllm.config.request import max_num_drafts
 from layerskip_vllm.config.speculative import LayerSkipConfig
 from layerskip_vllm.drafting.exit_model import ExitModel
 from layerskip_vllm.drafting.log import log_drafting
@@ -276,7 +277,10 @@ class LayerSkipProposer(DraftModelProposer):
         num_reqs = metadata.num_reqs
         self.positions[:num_reqs] = slots.positions[step]
         hidden_states = self._run_model(batch, *self._build_attention(step, slots, metadata))
-        return self._sample_draft_tokens(hidden_states[:num_reqs], sampling_metadata)
+        generators = self._generators(step, sampling_metadata.generators)
+        return self._sample_draft_tokens(
+            hidden_states[:num_reqs], replace(sampling_metadata, generators=generators)
+        )
 
     def _run_model(
         self,
@@ -344,21 +348,34 @@ class LayerSkipProposer(DraftModelProposer):
         """Sample a draft token of each request at its temperature.
 
         Differs from its base: a request that has a seed draws from it, so that it gets the same
-        tokens again. It is not drawn from in the middle of a prompt, whose chunks may differ.
+        tokens again.
         """
         if sampling_metadata.temperature is None:
             return logits.argmax(dim=-1), None
         is_greedy = sampling_metadata.temperature < _SAMPLING_EPS
         temperature = torch.where(is_greedy, 1.0, sampling_metadata.temperature)
         probs = (logits / temperature.unsqueeze(1)).softmax(dim=-1, dtype=torch.float32)
-        is_discarded = self.runner.discard_request_mask.np
-        generators = {
-            index: generator
-            for index, generator in sampling_metadata.generators.items()
-            if not is_discarded[index]
-        }
-        token_ids = random_sample(probs.clone(), generators, self.use_fp64_gumbel)
+        token_ids = random_sample(probs.clone(), sampling_metadata.generators, self.use_fp64_gumbel)
         return torch.where(is_greedy, probs.argmax(dim=-1), token_ids), probs
+
+    def _generators(
+        self, step: int, generators: dict[int, torch.Generator]
+    ) -> dict[int, torch.Generator]:
+        """Leave out the seeds of requests that do not take this step's draft.
+
+        A batch drafts as many tokens as the request that takes the most. A seed that was drawn from
+        for each of them would give other tokens beside a neighbour than alone.
+        """
+        req_ids = self.runner.input_batch.req_ids
+        limits = {
+            index: max_num_drafts(self.runner.requests[req_ids[index]].sampling_params)
+            for index in generators
+        }
+        return {
+            index: generators[index]
+            for index, limit in limits.items()
+            if limit is None or step < limit
+        }
 
     @override
     @torch.inference_mode()

@@ -12,6 +12,7 @@ from layerskip_vllm.config.request import max_num_drafts
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
 
 
 def limit_drafts(scheduler: Scheduler) -> None:
@@ -22,6 +23,7 @@ def limit_drafts(scheduler: Scheduler) -> None:
     Args:
         scheduler: The scheduler, whose running requests are cut.
     """
+    _pad_no_request(scheduler)
     for request in scheduler.running:
         limit = max_num_drafts(request.sampling_params)
         if limit is not None and len(request.spec_token_ids) > limit:
@@ -29,34 +31,51 @@ def limit_drafts(scheduler: Scheduler) -> None:
             request.spec_token_ids = request.spec_token_ids[:limit]
 
 
-def limit_step(scheduler: Scheduler, output: SchedulerOutput) -> None:
-    """Hold a step that has been scheduled, and is yet to be counted, to its requests' limits.
+def _pad_no_request(scheduler: Scheduler) -> None:
+    """Have no request verify placeholders, which nothing has drafted, in its first step.
 
-    vLLM pads a prompt that is cached but for one token with K placeholder drafts, whatever it asks
-    for. And the step drafts no more tokens than the request that takes the most, or none at all;
-    one CUDA graph of K steps runs them all the same.
+    vLLM gives K of them to a request that has one token left to compute (a prompt that is cached
+    but for one, a prompt of one that joins others, a request that resumes), so that the step keeps
+    its full CUDA graph. They are always refused, but verifying them draws from the request's seed,
+    so that the answer to a cached prompt is another; they exceed a `long_prefill_token_threshold`
+    of K or less, which ends the engine; they take room from a request that drafts less, or nothing;
+    and each part of a model runner has to know them. vLLM leaves them out where K depends on the
+    batch size. So K depends on it here, and is always the same; a step in which such a request
+    joins others costs what one in which any prompt ends does.
+    """
+    if scheduler.dynamic_sd_lookup is None:
+        num_sizes = scheduler.max_num_running_reqs + 1
+        scheduler.dynamic_sd_lookup = [scheduler.num_spec_tokens] * num_sizes
+
+
+def limit_step(scheduler: Scheduler, output: SchedulerOutput) -> None:
+    """Have a step that has been scheduled draft as many tokens as its requests ask for, at most.
+
+    That is what the one that takes the most does, or none at all; a request in the middle of its
+    prompt takes none.
 
     Args:
         scheduler: The scheduler of the step.
         output: The step; changed in place.
     """
-    drafts = output.scheduled_spec_decode_tokens
-    longest = 0
-    for req_id in output.num_scheduled_tokens:
-        limit = max_num_drafts(scheduler.requests[req_id].sampling_params)
-        if limit is None:
-            longest = scheduler.num_spec_tokens
-            continue
-        longest = max(longest, limit)
-        num_cut = len(drafts.get(req_id, ())) - limit
-        if num_cut > 0:
-            output.num_scheduled_tokens[req_id] -= num_cut
-            output.total_num_scheduled_tokens -= num_cut
-            kept = drafts.pop(req_id)[:limit]
-            if kept:
-                drafts[req_id] = kept
-    # Data-parallel ranks must run as many draft steps as one another. Where K depends on the batch
-    # size, CUDA graphs are there for its values alone.
-    is_alone = scheduler.parallel_config.data_parallel_size == 1
-    if is_alone and (longest == 0 or scheduler.dynamic_sd_lookup is None):
+    longest = max(
+        (
+            _num_to_draft(scheduler, scheduler.requests[req_id], num_tokens)
+            for req_id, num_tokens in output.num_scheduled_tokens.items()
+        ),
+        default=0,
+    )
+    # Data-parallel ranks must run as many draft steps as one another.
+    if scheduler.parallel_config.data_parallel_size == 1:
         output.num_spec_tokens_to_schedule = min(output.num_spec_tokens_to_schedule, longest)
+    if longest == 0 and hasattr(output, "skip_drafts"):
+        output.skip_drafts = True  # since vLLM 0.33; data-parallel ranks agree on it
+
+
+def _num_to_draft(scheduler: Scheduler, request: Request, num_scheduled_tokens: int) -> int:
+    """Count how many tokens a request drafts at most, after a step that runs so many of its own."""
+    num_computed = request.num_computed_tokens + num_scheduled_tokens
+    if num_computed < request.num_tokens + request.num_output_placeholders:
+        return 0
+    limit = max_num_drafts(request.sampling_params)
+    return scheduler.num_spec_tokens if limit is None else limit

@@ -39,9 +39,9 @@ class LayerSkipSpeculator(DraftModelSpeculator):
     """Drafts with the target's first layers, over the target's own KV cache.
 
     All K steps are alike, one token a request: the target has already written the first layers'
-    keys and values of every token it has seen, so there is no draft prefill. Where the attention
-    backend can update its metadata on the device, the K steps are one CUDA graph; elsewhere each
-    step is.
+    keys and values of every token it has seen, so there is no draft prefill. One CUDA graph of one
+    step is replayed for each, whatever K is. What changes from step to step is on the device; where
+    the attention backend cannot update its metadata there, the host builds it between replays.
     """
 
     speculative_config: LayerSkipConfig
@@ -50,11 +50,20 @@ class LayerSkipSpeculator(DraftModelSpeculator):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device):
         super().__init__(vllm_config, device)
-        self.current_draft_step = torch.zeros((), dtype=torch.int64, device=device)
+        self.draft_steps = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
         self.graphs: DraftCudaGraphs | None = None
         self.lora: DraftLoRA | None = None
         self.lora_ids: Sequence[int] = ()
         self.is_lora_mapped = False
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest context, which vLLM may shorten to fit the memory after this is made."""
+        return self.vllm_config.model_config.max_model_len
+
+    @max_model_len.setter
+    def max_model_len(self, value: int) -> None:
+        """Ignore what vLLM 0.32 sets when this is made; later versions have the property."""
 
     @override
     def load_draft_model(
@@ -74,8 +83,6 @@ class LayerSkipSpeculator(DraftModelSpeculator):
     ) -> None:
         # The runner takes these names out of the target's checks, so it must see none: there are no
         # layers but the target's. Only the metadata of draft steps is built for the first ones'.
-        # vLLM may have found a context that fits the memory since this was made.
-        self.max_model_len = self.vllm_config.model_config.max_model_len
         no_names = self.draft_attn_layer_names
         self.draft_attn_layer_names = self.model.attn_layer_names
         super().set_attn(
@@ -94,9 +101,11 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             CUDAGraphMode.FULL_DECODE_ONLY if is_full else CUDAGraphMode.NONE,
             self.lora,
         )
-        kind = "one a draft" if self.supports_decode_metadata_update else "one a draft step"
         log_drafting(
-            self.model, self.speculative_config, runner="V2", graphs=kind if is_full else "none"
+            self.model,
+            self.speculative_config,
+            runner="V2",
+            graphs="one a draft step" if is_full else "none",
         )
 
     @override
@@ -104,15 +113,13 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         assert self.graphs is not None
         self.idx_mapping.fill_(-1)
         self.graphs.capture(
-            self._draft_all if self.supports_decode_metadata_update else self._draft_one,
+            self._draft_one,
             self.model_state,
             self.input_buffers,
             self.block_tables,
             self.attn_groups,
             self.kv_cache_config,
             progress_bar_desc="Capturing draft CUDA graphs",
-            specialize_spec_tokens=self.supports_decode_metadata_update
-            and self.speculative_config.uses_dynamic_speculative_decoding(),
         )
 
     def prepare_sampling(self, lora_state: LoraState, input_batch: InputBatch) -> None:
@@ -184,6 +191,10 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         """
         self.model.follow_weights()
         num_reqs = input_batch.num_reqs
+        if dummy_run and dp_sync_state is not None:
+            # An idle rank's batch may be that of a larger graph; the ranks draft for as many
+            # requests as the busiest of them has.
+            num_reqs = min(num_reqs, dp_sync_state.num_reqs)
         if num_speculative_tokens is None:
             num_speculative_tokens = self.num_speculative_steps
         if num_speculative_tokens == 0:
@@ -195,8 +206,10 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         )
         prepare_draft(
             self.input_buffers,
+            self.draft_steps,
             self.idx_mapping,
-            input_batch,
+            num_reqs,
+            input_batch.seq_lens,
             num_sampled,
             num_rejected,
             last_sampled,
@@ -204,7 +217,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         )
         lora_ids = (NO_LORA_ID,) * num_reqs if dummy_run else self.lora_ids
         batch_desc, num_tokens_across_dp = self._dispatch(
-            num_reqs, num_speculative_tokens, set(lora_ids), dp_sync_state, is_profile
+            num_reqs, set(lora_ids), dp_sync_state, is_profile
         )
         if self.lora is not None and (dummy_run or self.is_lora_mapped):
             self.lora.map_requests(lora_ids, batch_desc.num_tokens)
@@ -220,7 +233,6 @@ class LayerSkipSpeculator(DraftModelSpeculator):
     def _dispatch(
         self,
         num_reqs: int,
-        num_speculative_tokens: int,
         lora_ids: set[int],
         dp_sync_state: DPSyncState | None,
         is_profile: bool,
@@ -246,8 +258,6 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             num_active_loras=len(lora_ids - {NO_LORA_ID}),
             dp_sync_state=dp_sync_state,
         )
-        if self.graphs is not None:
-            batch_desc = self.graphs.specialize_spec_tokens(batch_desc, num_speculative_tokens)
         return batch_desc, None if dp_sync_state is None else dp_sync_state.num_tokens_across_dp
 
     def _draft(
@@ -258,7 +268,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         seq_lens_cpu_upper_bound: torch.Tensor | None,
         num_speculative_tokens: int,
     ) -> None:
-        """Run the draft steps: by one graph, by a graph a step, or eagerly.
+        """Run the draft steps, by replays of a graph or eagerly.
 
         Without `seq_lens_cpu_upper_bound` the steps run without attention (profiling).
         """
@@ -268,11 +278,15 @@ class LayerSkipSpeculator(DraftModelSpeculator):
                 group.map_to_kernel_block_table(
                     self.block_tables.input_block_tables[group.kv_cache_group_id]
                 )
-            graphs.run_fullgraph(batch_desc)
-            return
+        # What steps update on the device is built once for all of them; a graph has its own.
+        num_builds = int(graphs is None)
+        if not self.supports_decode_metadata_update:
+            num_builds = num_speculative_tokens
+        if seq_lens_cpu_upper_bound is None:
+            num_builds = 0
         attn_metadata, slot_mappings = None, None
         for step in range(num_speculative_tokens):
-            if seq_lens_cpu_upper_bound is not None:
+            if step < num_builds:
                 slot_mappings = build_slot_mappings_by_layer(
                     self._compute_slot_mappings(num_reqs, batch_desc.num_tokens),
                     self.kv_cache_config,
@@ -284,7 +298,6 @@ class LayerSkipSpeculator(DraftModelSpeculator):
                     seq_lens_cpu_upper_bound=seq_lens_cpu_upper_bound,
                     step=step + 1,
                 )
-            self.current_draft_step.fill_(step)
             if graphs is not None:
                 graphs.run_fullgraph(batch_desc)
             else:
@@ -295,34 +308,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
                     slot_mappings,
                     num_tokens_across_dp,
                     batch_desc.cg_mode,
-                    num_speculative_tokens,
                 )
-
-    def _draft_all(
-        self,
-        num_reqs: int,
-        num_tokens_padded: int,
-        attn_metadata: dict[str, Any] | None,
-        slot_mappings: dict[str, torch.Tensor] | None,
-        num_tokens_across_dp: torch.Tensor | None,
-        cudagraph_runtime_mode: CUDAGraphMode,
-        num_speculative_steps: int,
-    ) -> None:
-        """Run K draft steps and all that lies between them on the device, for one CUDA graph."""
-        for step in range(num_speculative_steps):
-            if attn_metadata is not None:
-                self._compute_slot_mappings(num_reqs, num_tokens_padded)
-                self._update_draft_decode_metadata(attn_metadata, num_reqs)
-            self.current_draft_step.fill_(step)
-            self._draft_one(
-                num_reqs,
-                num_tokens_padded,
-                attn_metadata,
-                slot_mappings,
-                num_tokens_across_dp,
-                cudagraph_runtime_mode,
-                num_speculative_steps,
-            )
 
     def _draft_one(
         self,
@@ -332,9 +318,16 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         slot_mappings: dict[str, torch.Tensor] | None,
         num_tokens_across_dp: torch.Tensor | None,
         cudagraph_runtime_mode: CUDAGraphMode,
-        num_speculative_steps: int,
+        num_speculative_steps: int | None = None,
     ) -> None:
-        """Run one draft step: first layers, head, sampling, and the next step's inputs."""
+        """Run one draft step: first layers, head, sampling, and the next step's inputs.
+
+        All of it is on the device and the same in each step, for one CUDA graph. `capture` gives
+        `num_speculative_steps`, which is of no use.
+        """
+        if attn_metadata is not None and self.supports_decode_metadata_update:
+            self._compute_slot_mappings(num_reqs, num_tokens_padded)
+            self._update_draft_decode_metadata(attn_metadata, num_reqs)
         with set_forward_context(
             attn_metadata,
             self.vllm_config,
@@ -343,6 +336,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             cudagraph_runtime_mode=cudagraph_runtime_mode,
             slot_mapping=slot_mappings,
             batch_descriptor=BatchDescriptor(num_tokens=num_tokens_padded),
+            is_padding=self.input_buffers.is_padding[:num_tokens_padded],
         ):
             hidden_states = self.model(
                 self.input_buffers.input_ids[:num_tokens_padded],
@@ -355,12 +349,12 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             self.idx_mapping[:num_reqs],
             self.temperature,
             self.seeds,
-            self.current_draft_step,
+            self.draft_steps[:num_reqs],
             self.draft_logits,
         )
         advance_draft(
             self.draft_tokens,
-            self.current_draft_step,
+            self.draft_steps,
             self.input_buffers,
             self.idx_mapping,
             sampled,

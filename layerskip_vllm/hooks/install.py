@@ -11,16 +11,18 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 import wrapt
 
 from layerskip_vllm.hooks.vllm_source import (
-    ANY,
+    RIGHT_VLLM,
     SUPPORTED_VLLM_VERSIONS,
     DigestTable,
     find_file,
+    find_mismatches,
     source_digest,
 )
 
@@ -129,7 +131,7 @@ def check_version(version: str, is_check_skipped: bool = False) -> None:
         return
     raise HookError(
         f"vLLM {version} is not supported by this version of layerskip-vllm. Install "
-        f"vllm=={' or vllm=='.join(SUPPORTED_VLLM_VERSIONS)}, or a layerskip-vllm made for vLLM "
+        f"{RIGHT_VLLM}, or a layerskip-vllm made for vLLM "
         f"{version}; VLLM_LAYERSKIP_SKIP_VERSION_CHECK=1 skips this check (and no other)."
     )
 
@@ -164,33 +166,34 @@ def _arm(module: str, hooks: Sequence[Hook]) -> None:
     wrapt.when_imported(module)(lambda imported: _apply(hooks, imported))
 
 
-def check(entry: Entry, digests: DigestTable) -> list[str]:
+def check(entry: Entry, digests: DigestTable, root: Path | None = None) -> list[str]:
     """Return what is wrong with vLLM for `entry`, without importing anything; [] if nothing.
 
     The source on disk is checked, and a hook's target itself where its module is imported already.
+
+    Args:
+        entry: An entry of the ledger.
+        digests: What is relied on, by entry.
+        root: The folder with another vLLM's source, for which no target is imported here.
     """
     expected = digests.get(entry.name)
     if expected is None:
         return [f"there are no digests of what {entry.name} relies on"]
     problems = []
-    for name, digest in expected.items():
-        found = source_digest(name)
+    for name, found in find_mismatches(expected, root).items():
         if found is None:
             needed_by = f"the hook on {entry.name}" if isinstance(entry, Hook) else entry.name
             problems.append(f"{name} is missing (needed by {needed_by})")
-        elif digest not in (found, ANY):
-            problems.append(f"{name} has changed: source digest {found}, expected {digest}")
-    return problems + _check_target(entry, problems) if isinstance(entry, Hook) else problems
-
-
-def _check_target(hook: Hook, problems: list[str]) -> list[str]:
-    """Check a new target's absence and, if nothing is wrong yet, an imported one itself."""
-    if hook.is_new and source_digest(hook.target) is not None:
-        return [f"{hook.target} exists, but this version of the plugin expects it not to"]
-    module = sys.modules.get(hook.module)
-    if module is None or problems or hook_state(hook) == "applied":
-        return []
-    return _check_live(hook, module)
+        else:
+            problems.append(f"{name} has changed: source digest {found}, expected {expected[name]}")
+    if not isinstance(entry, Hook):
+        return problems
+    if entry.is_new and source_digest(entry.target, root) is not None:
+        problems.append(f"{entry.target} exists, but this version of the plugin expects it not to")
+    module = sys.modules.get(entry.module) if root is None else None
+    if module is None or problems or hook_state(entry) == "applied":
+        return problems
+    return _check_live(entry, module)
 
 
 def _apply(hooks: Sequence[Hook], module: ModuleType) -> None:
@@ -254,7 +257,7 @@ def _explain(problems: Sequence[str]) -> str:
     return (
         "layerskip-vllm cannot hook into this vLLM:\n  - "
         + "\n  - ".join(problems)
-        + f"\nInstall vllm=={SUPPORTED_VLLM_VERSIONS[-1]} unmodified, or a layerskip-vllm made for "
+        + f"\nInstall {RIGHT_VLLM} unmodified, or a layerskip-vllm made for "
         "this vLLM; to run without layerskip, uninstall layerskip-vllm or leave it out of "
         "VLLM_PLUGINS."
     )

@@ -1,7 +1,7 @@
 """The hooks that make layerskip a speculative method of vLLM, one place each.
 
 `plugin` installs them. Where vLLM has a registry of methods (`patches/vllm-*.diff`),
-`register_method` gives it the same functions in their stead.
+`register_method` gives it the same functions and classes in their stead.
 """
 
 from __future__ import annotations
@@ -23,13 +23,10 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.metrics.loggers import PrometheusStatLogger
-    from vllm.v1.worker.gpu.input_batch import InputBatch
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    from layerskip_vllm.drafting.proposer import LayerSkipProposer
-    from layerskip_vllm.drafting.speculator import LayerSkipSpeculator
 
 REGISTRY = "vllm.v1.spec_decode.registry"
+# What of a registry the plugin needs; another registry may have the same name.
+NEEDED_OF_REGISTRY = f"{REGISTRY}:SpeculativeMethodSpec.create_config"
 METHOD_HOOKS: list[install.Hook] = []
 
 _hook = functools.partial(install.hook, METHOD_HOOKS)
@@ -170,12 +167,16 @@ def _log_engine_initialized(original: Any) -> Any:
 @_hook(
     target=f"{_SCHEDULER}.schedule",
     relies_on=(
+        f"{_SCHEDULER}.dynamic_sd_lookup",
+        f"{_SCHEDULER}.max_num_running_reqs",
         f"{_SCHEDULER}.update_draft_token_ids",
         f"{_SCHEDULER}.update_draft_token_ids_in_output",
     ),
-    why="a request has no more drafts verified than it asks for",
+    why="a request has no more drafts verified than it asks for, and none that nothing drafted",
     reason="The scheduler alone sets that number, for both model runners, and with asynchronous "
-    "scheduling too, where it deals in placeholders.",
+    "scheduling too, where it deals in placeholders. A request with one token left to compute "
+    "would get K of them, which are refused, but draw from its seed and exceed "
+    "`long_prefill_token_threshold`.",
     process="the engine core",
     remove_when="vLLM has a K for each request, or with `before_schedule` of the registry in the "
     "diff",
@@ -183,7 +184,8 @@ def _log_engine_initialized(original: Any) -> Any:
 def _schedule(original: Any) -> Any:
     """Wrap it: with a `LayerSkipConfig`, cut each running request's `spec_token_ids` first.
 
-    The original then reserves neither tokens nor blocks for what was cut.
+    The original then reserves neither tokens nor blocks for what was cut. It gives no placeholders
+    where K depends on the batch size, which it always does then: `dynamic_sd_lookup` is set.
     """
 
     @functools.wraps(original)
@@ -201,17 +203,16 @@ def _schedule(original: Any) -> Any:
     target=f"{_SCHEDULER}._update_after_schedule",
     relies_on=(f"{_ASYNC_SCHEDULER}._update_after_schedule",),
     why="a step drafts no more tokens than its requests ask for",
-    reason="And none if none does. A prompt that is cached but for one token, which vLLM pads with "
-    "K placeholder drafts, gets no more of them than its request asks for.",
+    reason="And none if none does.",
     process="the engine core",
     remove_when="vLLM has a K for each request, or with `after_schedule` of the registry in the "
     "diff",
 )
 def _update_after_schedule(original: Any) -> Any:
-    """Wrap it: with a `LayerSkipConfig`, cut the step before the original counts it.
+    """Wrap it: with a `LayerSkipConfig`, lower `num_spec_tokens_to_schedule` before the original.
 
-    That lowers `num_spec_tokens_to_schedule` (not with data parallelism, whose ranks must draft
-    alike) and takes placeholders away. `AsyncScheduler` calls this before it reads either.
+    Not with data parallelism, whose ranks must draft alike. `AsyncScheduler` calls this before it
+    reads that number.
     """
 
     @functools.wraps(original)
@@ -239,7 +240,7 @@ def _update_after_schedule(original: Any) -> Any:
     process="each worker with Model Runner V1",
     upstream="[vllm#37399](https://github.com/vllm-project/vllm/pull/37399), closed: V1 is "
     "deprecated",
-    remove_when="vLLM drops Model Runner V1, or with `create_proposer` of the registry in the diff",
+    remove_when="vLLM drops Model Runner V1, or with `proposer_cls` of the registry in the diff",
 )
 def _new_proposer(original: None) -> Any:
     """Add the method: with a `LayerSkipConfig`, `DraftModelProposer(...)` makes the subclass.
@@ -268,7 +269,7 @@ def _new_proposer(original: None) -> Any:
     "layers out of the target's checks.",
     process="each worker with Model Runner V2",
     upstream="[vllm#36219](https://github.com/vllm-project/vllm/issues/36219), open",
-    remove_when="V2 takes drafters from a registry; `create_speculator` of the one in the diff",
+    remove_when="V2 takes drafters from a registry; `speculator_cls` of the one in the diff",
 )
 def _init_speculator(original: Any) -> Any:
     """Wrap the name that the runner's module imported, which is the one it calls.
@@ -279,7 +280,9 @@ def _init_speculator(original: Any) -> Any:
     @functools.wraps(original)
     def init_speculator(vllm_config: VllmConfig, device: torch.device, req_states: Any) -> Any:
         if _is_config(vllm_config.speculative_config):
-            return _create_speculator(vllm_config, device)
+            from layerskip_vllm.drafting.speculator import LayerSkipSpeculator
+
+            return LayerSkipSpeculator(vllm_config, device)
         return original(vllm_config, device, req_states)
 
     return init_speculator
@@ -299,7 +302,7 @@ def _init_speculator(original: Any) -> Any:
     process="each worker with Model Runner V2",
     upstream="not reported yet",
     remove_when="V2 maps as many rows as it verifies, as V1 does, and gives drafters its LoRA "
-    "state; `before_sample` of the registry in the diff",
+    "state; `BaseSpeculator.prepare_sampling` in the diff",
 )
 def _sample(original: Any) -> Any:
     """Wrap it: map each row that is about to be verified, then call the original.
@@ -311,7 +314,7 @@ def _sample(original: Any) -> Any:
     @functools.wraps(original)
     def sample(self: Any, hidden_states: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
         if _is_config(self.speculative_config):
-            _before_sample(self, input_batch)
+            self.speculator.prepare_sampling(self.lora_state, input_batch)
         return original(self, hidden_states, input_batch, *args, **kwargs)
 
     return sample
@@ -359,43 +362,20 @@ def register_method() -> None:
 
     registry = importlib.import_module(REGISTRY)
     registry.register_speculative_method(
-        registry.RegisteredSpeculativeMethod(
-            name=METHOD,
+        METHOD,
+        registry.SpeculativeMethodSpec(
+            speculator_cls="layerskip_vllm.drafting.speculator:LayerSkipSpeculator",
+            proposer_cls="layerskip_vllm.drafting.proposer:LayerSkipProposer",
             create_config=create_layerskip_config,
-            is_config=_is_config,
-            create_proposer=_create_proposer,
-            create_speculator=_create_speculator,
             add_cli_args=add_speculative_flags,
             fold_cli_args=fold_settings,
             check_request=check_request,
             publish_info=publish_info,
             before_schedule=limit_drafts,
             after_schedule=limit_step,
-            before_sample=_before_sample,
             after_weights_change=_after_weights_change,
-        )
+        ),
     )
-
-
-# What follows imports the drafters, so it is called in the workers alone.
-
-
-def _create_proposer(
-    vllm_config: VllmConfig, device: torch.device, runner: GPUModelRunner
-) -> LayerSkipProposer:
-    from layerskip_vllm.drafting.proposer import LayerSkipProposer
-
-    return LayerSkipProposer(vllm_config, device, runner)
-
-
-def _create_speculator(vllm_config: VllmConfig, device: torch.device) -> LayerSkipSpeculator:
-    from layerskip_vllm.drafting.speculator import LayerSkipSpeculator
-
-    return LayerSkipSpeculator(vllm_config, device)
-
-
-def _before_sample(runner: Any, input_batch: InputBatch) -> None:
-    runner.speculator.prepare_sampling(runner.lora_state, input_batch)
 
 
 def _after_weights_change(runner: Any) -> None:

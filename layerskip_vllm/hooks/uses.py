@@ -41,6 +41,7 @@ USES = (
             f"{_V1_RUNNER}.effective_drafter_max_model_len",
             f"{_V1_RUNNER}.discard_request_mask",
             f"{_V1_RUNNER}.input_batch",
+            f"{_V1_RUNNER}.requests",
             "vllm.v1.worker.gpu_input_batch:InputBatch.block_table",
             "vllm.v1.worker.gpu_input_batch:InputBatch.request_lora_mapping",
             "vllm.v1.worker.block_table:BlockTable.get_device_tensor",
@@ -52,8 +53,9 @@ USES = (
         "of its context; this drafter leaves out that request alone.",
         process=_V1_WORKER,
         how="Overrides how a draft is made, loaded and sampled. Sets the runner's "
-        "`effective_drafter_max_model_len` past the context's end, reads its block tables and "
-        "`discard_request_mask`, and makes the metadata of draft steps of the target step's.",
+        "`effective_drafter_max_model_len` past the context's end, reads its block tables, "
+        "`requests` and `discard_request_mask`, and makes the metadata of draft steps of the "
+        "target step's.",
         upstream="[vllm#37399](https://github.com/vllm-project/vllm/pull/37399), closed",
         remove_when="vLLM drops Model Runner V1",
     ),
@@ -90,17 +92,16 @@ USES = (
             "SpeculatorCudaGraphManager",
         ),
         why="`DraftCudaGraphs` are vLLM's graphs of draft steps",
-        reason="vLLM never captures a draft of one token, and its drafts have no adapters.",
+        reason="vLLM's drafts have no adapters.",
         process=_V2_WORKER,
-        how="Overrides what is captured: adds sizes to `_capture_descs`, and puts as many adapters "
-        "in use as a graph will be run with.",
-        remove_when="vLLM captures drafts of each K, with adapters",
+        how="Has each captured with as many adapters in use as it will be run with.",
+        remove_when="vLLM captures drafts with adapters",
     ),
     Use(
         module="layerskip_vllm.drafting.kernels",
         why="the kernels between V2's draft steps write the runner's buffers",
         process=_V2_WORKER,
-        how="Reads `InputBatch`, writes `InputBuffers`.",
+        how="Writes `InputBuffers`.",
         remove_when=_REGISTRY,
     ),
     Use(

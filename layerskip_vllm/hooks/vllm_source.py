@@ -2,7 +2,7 @@
 
 Called wherever hooks are checked, before anything of vLLM is imported for their sake. Names are
 `module:qualified.name`: of a function, a class, a variable of a module or class, or an attribute
-that a class's methods set on `self`.
+that a class's methods set on `self`. A `root` is a folder to look for packages in, not sys.path.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ SUPPORTED_VLLM_VERSIONS = tuple(
     sorted((file.stem for file in TABLES.glob("*.json")), key=lambda v: [*map(int, v.split("."))])
 )
 
+RIGHT_VLLM = " or ".join(f"vllm=={version}" for version in SUPPORTED_VLLM_VERSIONS)  # for messages
+
 
 def read_digests(version: str) -> DigestTable:
     """Read what a version's source must be: digests by name, by entry; None for one not needed.
@@ -40,30 +42,43 @@ def read_digests(version: str) -> DigestTable:
     return table
 
 
-def source_digest(name: str) -> str | None:
+def find_mismatches(expected: Mapping[str, str], root: Path | None = None) -> dict[str, str | None]:
+    """Return the names whose source is not as expected, each with its digest; None if missing."""
+    found = {name: source_digest(name, root) for name in expected}
+    return {
+        name: digest
+        for name, digest in found.items()
+        if digest is None or expected[name] not in (digest, ANY)
+    }
+
+
+def source_digest(name: str, root: Path | None = None) -> str | None:
     """Digest the source lines of a definition as they stand on disk; None if it does not exist."""
     module, _, qualname = name.partition(":")
-    text = definitions(module).get(qualname)
+    text = definitions(module, root).get(qualname)
     return None if text is None else hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def find_file(module: str) -> Path | None:
+def find_file(module: str, root: Path | None = None) -> Path | None:
     """Find a module's source without importing it or the packages that it lies in."""
     top, *path = module.split(".")
-    spec = importlib.util.find_spec(top)
-    if spec is None or spec.origin is None:
-        return None
-    if not path:
-        return Path(spec.origin)
-    base = Path(spec.origin).parent.joinpath(*path)
+    if root is None:
+        spec = importlib.util.find_spec(top)
+        if spec is None or spec.origin is None:
+            return None
+        if not path:
+            return Path(spec.origin)
+        base = Path(spec.origin).parent.joinpath(*path)
+    else:
+        base = root.joinpath(top, *path)
     files = (base.with_name(f"{base.name}.py"), base / "__init__.py")
     return next((file for file in files if file.is_file()), None)
 
 
 @cache
-def definitions(module: str) -> dict[str, str]:
+def definitions(module: str, root: Path | None = None) -> dict[str, str]:
     """Read the source lines of all that a module defines, by qualified name; {} without source."""
-    file = find_file(module)
+    file = find_file(module, root)
     if file is None:
         return {}
     source = file.read_text(encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -11,8 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm
 
-from layerskip_vllm.hooks.vllm_source import SUPPORTED_VLLM_VERSIONS
+from layerskip_vllm.hooks.install import check
+from layerskip_vllm.hooks.uses import USES
+from layerskip_vllm.hooks.vllm_fixes import FIXES
+from layerskip_vllm.hooks.vllm_source import SUPPORTED_VLLM_VERSIONS, find_file, read_digests
+from scripts.compare_vllm import read_version
+from scripts.vllm_python import overlay_python
 from tests.support.engine_process import RUNNERS
 from tests.support.scripts import see
 
@@ -28,6 +33,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from layerskip_vllm.hooks.install import hook_state
 from layerskip_vllm.hooks.method_hooks import METHOD_HOOKS
 from layerskip_vllm.hooks.vllm_fixes import FIXES
+from layerskip_vllm.hooks.vllm_source import read_digests
 from layerskip_vllm.plugin import register
 
 model = sys.argv[1]
@@ -52,6 +58,7 @@ def run(params, **kwargs):
 
 register()
 register()
+digests = read_digests(vllm.__version__)  # None for a fix that this version does not need
 from layerskip_vllm.drafting.speculator import LayerSkipSpeculator
 prepare_sampling, num_prepared = LayerSkipSpeculator.prepare_sampling, 0
 def count_prepared(self, *args):
@@ -76,7 +83,7 @@ except ValueError as error:
 print("seen:" + json.dumps({
     "is_patched": vllm.__file__.startswith(sys.argv[2]),
     "method_hooks": sorted({hook_state(hook) for hook in METHOD_HOOKS}),
-    "fixes": sorted({hook_state(hook) for hook in FIXES}),
+    "fixes": sorted({hook_state(hook) for hook in FIXES if digests[hook.name] is not None}),
     "exit_layer": from_flags.create_engine_config().speculative_config.exit_layer,
     "is_equal": plain == drafted,
     "num_accepted": num_accepted,
@@ -90,13 +97,17 @@ print("seen:" + json.dumps({
 
 @pytest.fixture(scope="module", params=SUPPORTED_VLLM_VERSIONS)
 def patched_site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the installed vLLM, by links, its patched files copied and patched."""
+    """A folder with a vLLM, by links, its patched files copied and patched.
+
+    One that is not installed is its Python over what the installed one compiled.
+    """
     site = tmp_path_factory.mktemp("patched")
-    spec = importlib.util.find_spec("vllm")
-    installed = Path(spec.origin).parent
-    diff = PATCHES / f"vllm-{request.param}.diff"
+    version = request.param
+    is_installed = vllm.__version__.partition("+")[0] == version
+    package = find_file("vllm").parent if is_installed else overlay_python(version) / "vllm"
+    diff = PATCHES / f"vllm-{version}.diff"
     shutil.copytree(
-        installed, site / "vllm", copy_function=os.symlink, ignore=shutil.ignore_patterns("*.pyc")
+        package, site / "vllm", copy_function=os.symlink, ignore=shutil.ignore_patterns("*.pyc")
     )
     for line in diff.read_text().splitlines():
         file = site / line.removeprefix("--- a/")
@@ -106,6 +117,12 @@ def patched_site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
             shutil.copy(original, file)
     subprocess.run(["git", "apply", "--verbose", str(diff)], cwd=site, check=True)
     return site
+
+
+def test_fixes_and_uses_fit_when_vllm_is_patched(patched_site: Path) -> None:
+    digests = read_digests(read_version(patched_site))
+    needed = [entry for entry in (*FIXES, *USES) if digests[entry.name] is not None]
+    assert [problem for entry in needed for problem in check(entry, digests, patched_site)] == []
 
 
 @pytest.mark.parametrize("runner", RUNNERS)

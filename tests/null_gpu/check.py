@@ -15,44 +15,53 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 NUM_SPECULATIVE_TOKENS = 3
 LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
-ONE_GRAPH, GRAPH_A_STEP, NO_GRAPH = "one a draft", "one a draft step", "none"
+FULL, NO_GRAPH = "full", "none"
 
 # name: (engine arguments, speculative settings, environment, which CUDA graphs the drafts must use)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str], str]] = {
     "eager": ({"enforce_eager": True}, {}, {}, NO_GRAPH),
-    "compiled, one graph a draft": ({}, {}, {}, ONE_GRAPH),
-    "Triton attention": ({"attention_backend": "TRITON_ATTN"}, {}, {}, ONE_GRAPH),
+    "compiled, a graph of a step": ({}, {}, {}, FULL),
+    "Triton attention": ({"attention_backend": "TRITON_ATTN"}, {}, {}, FULL),
     # It cannot change its metadata on the device.
-    "compiled, graph a step": ({"attention_backend": "FLEX_ATTENTION"}, {}, {}, GRAPH_A_STEP),
+    "metadata built between replays": (
+        {"attention_backend": "FLEX_ATTENTION"},
+        {},
+        {},
+        FULL,
+    ),
     "drafts eager, target with graphs": ({}, {"enforce_eager": True}, {}, NO_GRAPH),
-    "probabilistic drafts": ({}, {"draft_sample_method": "probabilistic"}, {}, ONE_GRAPH),
+    "probabilistic drafts": ({}, {"draft_sample_method": "probabilistic"}, {}, FULL),
     "K by batch size": (
         {},
         {"num_speculative_tokens_per_batch_size": [[1, 1, 3], [2, 3, 1], [4, 4, 0]]},
         {},
-        ONE_GRAPH,
+        FULL,
     ),
-    "no async scheduling": ({"async_scheduling": False}, {}, {}, ONE_GRAPH),
+    # vLLM ends a step in which the host waits for the device.
+    "no host sync": ({}, {}, {"VLLM_GPU_SYNC_CHECK": "error"}, FULL),
+    "no async scheduling": ({"async_scheduling": False}, {}, {}, FULL),
     # vLLM asserts that several ranges of compiled sizes come of a graph with a size in it.
     "one request, compiled in ranges": (
         {"max_num_seqs": 1, "compilation_config": {"compile_ranges_endpoints": [64]}},
         {},
         {},
-        ONE_GRAPH,
+        FULL,
     ),
-    "KV offloading": ({"kv_offloading_size": 0.05}, {}, {}, ONE_GRAPH),
-    "LoRA": (LORA, {}, {}, ONE_GRAPH),
-    "LoRA, graph a step": ({**LORA, "attention_backend": "FLEX_ATTENTION"}, {}, {}, GRAPH_A_STEP),
+    "KV offloading": ({"kv_offloading_size": 0.05}, {}, {}, FULL),
+    "LoRA": (LORA, {}, {}, FULL),
+    "LoRA, metadata built between replays": (
+        {**LORA, "attention_backend": "FLEX_ATTENTION"},
+        {},
+        {},
+        FULL,
+    ),
     "runner V1": ({}, {}, {"VLLM_USE_V2_MODEL_RUNNER": "0"}, "piecewise"),
     "LoRA, runner V1": (LORA, {}, {"VLLM_USE_V2_MODEL_RUNNER": "0"}, NO_GRAPH),
 }
@@ -65,7 +74,7 @@ def run_case(name: str, model: str) -> None:
     import null_tokens
 
     null_tokens.apply()
-    torch.unique = _on_the_cpu(torch.unique)
+    _allow_copies_of_the_stand_in()
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -96,13 +105,18 @@ def run_case(name: str, model: str) -> None:
     print("result:", json.dumps(_describe(runner, graphs)))
 
 
-def _on_the_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel whose results have sizes of their own, which must be right (LoRA's metadata)."""
+def _allow_copies_of_the_stand_in() -> None:
+    """What says that each request got one token copies it to the device."""
+    from vllm.utils.gpu_sync_debug import gpu_sync_allowed
+    from vllm.v1.worker.gpu.async_utils import AsyncOutput
 
-    def run(tensor: torch.Tensor, **options: Any) -> Any:
-        return tuple(part.to(tensor.device) for part in function(tensor.cpu(), **options))
+    init = AsyncOutput.__init__
 
-    return run
+    def allowed(self: AsyncOutput, *args: Any, **kwargs: Any) -> None:
+        with gpu_sync_allowed():
+            init(self, *args, **kwargs)
+
+    AsyncOutput.__init__ = allowed
 
 
 def _make_adapters(model: Path) -> list[Any]:
@@ -125,20 +139,13 @@ def _describe(runner: Any, graphs: str) -> dict[str, Any]:
         return {"runner": "V1", "graphs": mode}
     speculator = runner.speculator
     assert type(speculator).__name__ == "LayerSkipSpeculator"
-    is_one = speculator.supports_decode_metadata_update
-    has_graphs = bool(speculator.graphs.graphs)
-    found = NO_GRAPH if not has_graphs else ONE_GRAPH if is_one else GRAPH_A_STEP
+    found = FULL if speculator.graphs.graphs else NO_GRAPH
     assert graphs == found, f"drafts ran with CUDA graphs {found!r}, not {graphs!r}"
     return {
         "runner": "V2",
         "graphs": found,
         "sizes": sorted(
-            (
-                desc.num_tokens,
-                getattr(desc, "num_speculative_tokens", NUM_SPECULATIVE_TOKENS),
-                desc.num_active_loras,
-            )
-            for desc in speculator.graphs.graphs
+            (desc.num_tokens, desc.num_active_loras) for desc in speculator.graphs.graphs
         ),
         "backends": sorted({g.backend.get_name() for g in speculator._all_attn_groups()}),
     }
@@ -149,7 +156,11 @@ def run_server(model: str) -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    flags = ["--speculative-model=layerskip", "--num-speculative-tokens=3", "--spec-exit-layer=2"]
+    flags = [
+        "--speculative-model=layerskip",
+        "--num-speculative-tokens=3",
+        "--spec-exit-layer=2",
+    ]
     sizes = ["--max-model-len=256", "--max-num-seqs=4", "--gpu-memory-utilization=0.5"]
     # Every process of the server must say that each request got one token.
     boot = "import null_tokens; null_tokens.apply()"
@@ -164,7 +175,15 @@ def run_server(model: str) -> None:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         }
         server = subprocess.Popen(
-            ["vllm", "serve", model, "--host=127.0.0.1", f"--port={port}", *flags, *sizes],
+            [
+                "vllm",
+                "serve",
+                model,
+                "--host=127.0.0.1",
+                f"--port={port}",
+                *flags,
+                *sizes,
+            ],
             env=environment,
             start_new_session=True,
         )
@@ -185,7 +204,9 @@ def _wait_and_complete(server: subprocess.Popen[bytes], url: str, model: str) ->
             time.sleep(1)
     body = {"model": model, "prompt": [2, 3, 4], "max_tokens": 8, "ignore_eos": True}
     request = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
     )
     answer = json.load(urllib.request.urlopen(request, timeout=120))
     assert answer["usage"]["completion_tokens"] == 8, answer
@@ -196,7 +217,10 @@ def _wait_and_complete(server: subprocess.Popen[bytes], url: str, model: str) ->
         if line.startswith("vllm:spec_decode_num_drafts_total")
     )
     assert float(counter.rsplit(" ", 1)[1]) > 0, counter
-    print("result:", json.dumps({"server": "answered", "drafts": counter.rsplit(" ", 1)[1]}))
+    print(
+        "result:",
+        json.dumps({"server": "answered", "drafts": counter.rsplit(" ", 1)[1]}),
+    )
 
 
 def main() -> int:

@@ -5,6 +5,7 @@
 #
 #   NULL_GPU=DIR        a stand-in that is ready: DIR/env.sh sets it up, DIR/vllm/site holds vLLM
 #   NULL_GPU_SETUP=FILE the script that makes one, called with the folder to make it in
+#   VLLM=VERSION        another supported vLLM than the stand-in's, over what that has compiled
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 dir=${NULL_GPU:-$PWD/.null-gpu}
@@ -19,7 +20,11 @@ if [ ! -f "$dir/env.sh" ]; then
 fi
 . "$dir/env.sh"
 python -m pip install -q --upgrade --no-deps --target "$dir/vllm/site" .
-python -m pip install -q wrapt packaging
-rm -rf build
+python -m pip install -q wrapt packaging orjson
+rm -rf build/lib build/bdist.*
+if [ -n "${VLLM:-}" ]; then
+  site=$(python -m scripts.vllm_python "$VLLM" "$dir/vllm-$VLLM")
+  export PYTHONPATH="$site:$PYTHONPATH"
+fi
 export VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
 exec python tests/null_gpu/check.py "$@"

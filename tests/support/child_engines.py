@@ -12,6 +12,7 @@ from vllm import LLM
 from vllm.distributed import destroy_model_parallel
 from vllm.utils.torch_utils import set_random_seed
 
+from tests.support.engine_process import IS_ON_GPU
 from tests.support.scenarios import Scenario
 
 _ENGINE: dict[str, Any] = {
@@ -25,6 +26,14 @@ _ENGINE: dict[str, Any] = {
     "disable_log_stats": False,
     "seed": 0,
 }
+if IS_ON_GPU:
+    # With CUDA graphs, of the target and of the drafts, but without the minute that compiling
+    # takes; and with room for the engines of other processes.
+    _ENGINE |= {
+        "enforce_eager": False,
+        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+        "gpu_memory_utilization": 0.2,
+    }
 
 # By model and all else that makes an engine. All are of one model, since a mixture of experts has
 # process groups that others have not, and all end together: a shutdown ends the groups of all.
@@ -61,7 +70,7 @@ def shared_engine(scenario: Scenario) -> Iterator[LLM]:
     set_random_seed(scenario.engine.get("seed", _ENGINE["seed"]))
     try:
         yield llm
-        _settle(llm)
+        settle(llm)
     except BaseException:
         _end_shared()
         raise
@@ -75,11 +84,12 @@ def _start(scenario: Scenario) -> LLM:
         return LLM(
             model=scenario.model,
             speculative_config=scenario.speculative and dict(scenario.speculative),
+            async_scheduling=None if _is_async(scenario) else False,
             **{**_ENGINE, **scenario.engine},
         )
 
 
-def _settle(llm: LLM) -> None:
+def settle(llm: LLM) -> None:
     """Run what is scheduled ahead, and forget what is cached."""
     core = llm.llm_engine.engine_core.engine_core
     while core.scheduler.has_requests() or core.batch_queue:

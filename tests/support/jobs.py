@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import vllm
 from safetensors import safe_open
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
@@ -38,6 +41,11 @@ def serve_alone(scenario: Scenario) -> Report:
         return Server(llm, scenario).run()
 
 
+def find_vllm() -> str | None:
+    """The file that vLLM is imported from."""
+    return vllm.__file__
+
+
 def lora_requests(requests: Sequence[Request]) -> list[LoRARequest | None]:
     """What each request says of its adapter; the adapters are numbered from 1."""
     folders = sorted({request.adapter for request in requests if request.adapter})
@@ -58,6 +66,8 @@ class Server:
         self.requests = scenario.requests
         self.outputs: dict[int, Output] = {}
         self.aborted: dict[int, tuple[int, ...]] = {}
+        self.waiting_turns: dict[int, list[tuple[int, ...]]] = {}
+        self.streamed: dict[int, list[Completion]] = {}
         self.steps: list[Step] = []
         self.counts: Counter[str] = Counter()
         self.num_accepted_per_pos: list[int] = []
@@ -82,21 +92,47 @@ class Server:
             step += 1
 
     def _add(self, index: int, request: Request) -> None:
-        kind = (
-            RequestOutputKind.FINAL_ONLY
-            if request.aborts_after is None
-            else RequestOutputKind.CUMULATIVE
-        )
-        params = {**GREEDY, **request.params}
-        if "structured_outputs" in params:
-            params["structured_outputs"] = StructuredOutputsParams(**params["structured_outputs"])
+        if request.turns or request.unchecked is not None:
+            self._add_to_core(index, request.prompt)
+            for turn in request.turns[:1]:
+                self._add_to_core(index, turn)
+            self.waiting_turns[index] = list(request.turns[1:])
+            return
         self.engine.add_request(
             str(index),
             self._prompt(request),
-            SamplingParams(**params, output_kind=kind),
+            self._params(request),
             lora_request=lora_requests(self.requests)[index],
             priority=request.priority,
         )
+
+    def _add_to_core(self, index: int, prompt: tuple[int, ...], is_last: bool = False) -> None:
+        """Add a request, or a turn of one, without what `LLM` does around it."""
+        request = self.requests[index]
+        core_request = self.engine.input_processor.process_inputs(
+            str(index),
+            {"prompt_token_ids": list(prompt)},
+            self._params(request),
+            supported_tasks=self.engine.get_supported_tasks(),
+            priority=request.priority,
+            resumable=bool(request.turns) and not is_last,
+        )
+        core_request.external_req_id = str(index)
+        if request.unchecked is not None:
+            core_request.sampling_params.extra_args = dict(request.unchecked)
+        self.engine.output_processor.add_request(core_request, None, None, 0)
+        # As it crosses to the engine core of a server: the two share no list.
+        self.engine.engine_core.add_request(copy.deepcopy(core_request))
+
+    def _params(self, request: Request) -> SamplingParams:
+        params = {"output_kind": RequestOutputKind.FINAL_ONLY, **GREEDY, **request.params}
+        if request.aborts_after is not None:
+            params["output_kind"] = RequestOutputKind.CUMULATIVE
+        if request.turns:
+            params["output_kind"] = RequestOutputKind.DELTA
+        if "structured_outputs" in params:
+            params["structured_outputs"] = StructuredOutputsParams(**params["structured_outputs"])
+        return SamplingParams(**params)
 
     def _prompt(self, request: Request) -> Any:
         if not request.as_embeddings:
@@ -107,6 +143,9 @@ class Server:
 
     def _receive(self, output: Any) -> None:
         index = int(output.request_id)
+        if self.requests[index].turns:
+            self._receive_turn(index, output)
+            return
         limit = self.requests[index].aborts_after
         if limit is not None and not output.finished:
             token_ids = output.outputs[0].token_ids
@@ -115,6 +154,24 @@ class Server:
                 self.engine.abort_request([output.request_id])
         elif output.finished:
             self.outputs[index] = _convert(output)
+
+    def _receive_turn(self, index: int, output: Any) -> None:
+        (delta,) = _convert(output).completions
+        turns = self.streamed.setdefault(index, [])
+        if not turns or turns[-1].finish_reason is not None:
+            turns.append(delta)
+        else:
+            turn = turns[-1]
+            turns[-1] = replace(
+                delta, token_ids=turn.token_ids + delta.token_ids, text=turn.text + delta.text
+            )
+        if delta.finish_reason is None or len(turns) == 1:
+            return
+        if self.waiting_turns[index]:
+            self._add_to_core(index, self.waiting_turns[index].pop(0))
+        else:
+            self._add_to_core(index, (0,), is_last=True)
+            self.outputs[index] = Output(tuple(turns), None, None)
 
     def _record_steps(self) -> None:
         scheduler = self.core.scheduler

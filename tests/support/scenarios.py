@@ -31,6 +31,9 @@ class Request:
         priority: For `scheduling_policy="priority"`; lower is served first.
         adapter: The folder of a LoRA adapter; None for the model alone.
         as_embeddings: Whether the prompt is given as the model's embeddings of its tokens.
+        turns: Prompts that come after, in one session with streamed input. The first of them is
+            there at once, each other one when the turn before it has ended.
+        unchecked: `extra_args` that the engine core is given behind the back of all checks.
     """
 
     prompt: tuple[int, ...]
@@ -41,6 +44,8 @@ class Request:
     priority: int = 0
     adapter: str | None = None
     as_embeddings: bool = False
+    turns: tuple[tuple[int, ...], ...] = ()
+    unchecked: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,11 @@ class Scenario:
         """The same without speculation, and without what is only understood with it."""
         engine = {k: v for k, v in self.engine.items() if k != "per_request_spec_decode_metrics"}
         requests = tuple(
-            replace(r, params={k: v for k, v in r.params.items() if k != "extra_args"})
+            replace(
+                r,
+                params={k: v for k, v in r.params.items() if k != "extra_args"},
+                unchecked=None,
+            )
             for r in self.requests
         )
         return replace(self, requests=requests, speculative=None, engine=engine, is_async=False)
@@ -126,8 +135,8 @@ class Step:
     Attributes:
         num_mid_prompt: Requests whose prompt did not end in this step.
         num_drafts: Requests with drafts to verify.
-        num_padded: Requests with placeholder drafts (-1), as vLLM gives to prompts that are cached
-            but for one token.
+        num_padded: Requests with drafts before their prompt's last token has run: placeholders
+            (-1), as vLLM gives to prompts that are cached but for one token.
         draft_lens: The number of drafts of each request that had some.
         num_to_draft: How many tokens the drafter was told to draft at the end of the step.
     """

@@ -75,10 +75,8 @@ def test_make_targets_exist(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_and_their_options_exist(page: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code = code_of(page).replace("\\\n", " ")
-    for command, rest in re.findall(
-        r"(?:^|`)layerskip-vllm ([a-z][a-z-]+)([^\n`]*)", code, re.MULTILINE
-    ):
+    """Those between backticks; `test_printed_code.py` parses the blocks."""
+    for command, rest in re.findall(r"`layerskip-vllm ([a-z][a-z-]+)([^\n`]*)`", code_of(page)):
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
         assert end.value.code == 0, command

@@ -21,7 +21,7 @@ from layerskip_vllm import __version__, plugin
 from layerskip_vllm.checkpoint.weight_shares import estimate_shares, find_folder, read_shares
 from layerskip_vllm.hooks.install import Hook, HookError, check, hook_state
 from layerskip_vllm.hooks.method_hooks import REGISTRY
-from layerskip_vllm.hooks.vllm_source import SUPPORTED_VLLM_VERSIONS, read_digests
+from layerskip_vllm.hooks.vllm_source import RIGHT_VLLM, read_digests
 from layerskip_vllm.tools.command_line import Command, Option
 from layerskip_vllm.tools.doctor.doctor_report import DoctorReport, format_report
 from layerskip_vllm.tools.hardware import describe_cpu
@@ -90,8 +90,7 @@ def examine_versions(report: DoctorReport) -> None:
         report.versions[package] = next(filter(None, map(_version, names)), None)
     report.versions["python"] = platform.python_version()
     if report.versions["vllm"] is None:
-        versions = " or ".join(SUPPORTED_VLLM_VERSIONS)
-        report.problems.append(f"vLLM is not installed; install vllm=={versions}.")
+        report.problems.append(f"vLLM is not installed; install {RIGHT_VLLM}.")
 
 
 def _version(package: str) -> str | None:

@@ -68,18 +68,23 @@ class SpecDecodeCounters:
 
     @property
     def acceptance_rate(self) -> float:
-        """The share of drafted tokens that was accepted, 0 to 1."""
-        return self.num_accepted_tokens / self.num_draft_tokens
+        """The share of drafted tokens that was accepted, 0 to 1; 0 where nothing was drafted.
+
+        vLLM takes drafts that a grammar does not allow off the count of drafts, which may leave
+        none, and without the plugin's fix fewer than were accepted.
+        """
+        return self.num_accepted_tokens / max(1, self.num_draft_tokens, self.num_accepted_tokens)
 
     @property
     def acceptance_by_position(self) -> tuple[float, ...]:
         """The share of drafts accepted up to and including each position, 0 to 1."""
-        return tuple(accepted / self.num_drafts for accepted in self.num_accepted_tokens_per_pos)
+        num_drafts = max(1, self.num_drafts)
+        return tuple(accepted / num_drafts for accepted in self.num_accepted_tokens_per_pos)
 
     @property
     def mean_acceptance_length(self) -> float:
         """Mean tokens that a verification yields: the accepted ones and the target's own."""
-        return 1 + self.num_accepted_tokens / self.num_drafts
+        return 1 + self.num_accepted_tokens / max(1, self.num_drafts)
 
 
 class LayerSkipInfo(BaseModel, frozen=True):

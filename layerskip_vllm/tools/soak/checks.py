@@ -58,7 +58,7 @@ def _check_drafts(tally: Tally, looks: Sequence[Look]) -> Check:
     drafting = looks[-1].sample.drafting - looks[0].sample.drafting
     return Check(
         name,
-        drafting.num_drafts > 0 or not tally.total.ends[End.ANSWERED],
+        drafting.num_drafts > 0 or not tally.total.num_tokens,
         f"{drafting.num_draft_tokens:,} tokens drafted, {drafting.num_accepted_tokens:,} accepted",
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 
 from layerskip_vllm.tools.server.event_stream import StreamError, read_events
-from layerskip_vllm.tools.soak.traffic import Request
+from layerskip_vllm.tools.soak.traffic import SCORE, Request
 from layerskip_vllm.tools.tokens import first_difference
 
 _MAX_LINE_BYTES = 2**24
@@ -96,6 +96,7 @@ class _Received:
     """What has come so far of an answer."""
 
     choices: dict[int, _Choice] = field(default_factory=dict)
+    scores: list[float] = field(default_factory=list)
     num_tokens_by_usage: int | None = None
 
     @property
@@ -111,6 +112,7 @@ class _Received:
                 raise Fault("tokens came after a finish_reason")
             choice.token_ids += token_ids
             choice.finish_reason = given.get("finish_reason") or choice.finish_reason
+        self.scores += [float(item["score"]) for item in event.get("data", ())]
         usage = event.get("usage")
         if usage:
             self.num_tokens_by_usage = usage["completion_tokens"]
@@ -126,6 +128,7 @@ async def send(session: aiohttp.ClientSession, request: Request) -> Outcome:
         end = await asyncio.wait_for(exchange, request.cancel_after_s)
         if end is End.ANSWERED:
             _check_whole(request, received)
+            _compare_with_first(request, received)
         num_compared = _compare(request, received, end)
     except asyncio.CancelledError:
         end = End.CANCELLED
@@ -186,6 +189,12 @@ def _find_message(text: str) -> Any:
 
 def _check_whole(request: Request, received: _Received) -> None:
     """Check that an answer is whole, whatever its tokens."""
+    if request.path == SCORE:
+        if len(received.scores) != request.num_choices:
+            raise Fault(f"{len(received.scores)} scores, expected {request.num_choices}")
+        if not all(0 <= score <= 1 for score in received.scores):
+            raise Fault(f"scores are {received.scores}; they must be probabilities")
+        return
     if len(received.choices) != request.num_choices:
         raise Fault(f"{len(received.choices)} choices, expected {request.num_choices}")
     for choice in received.choices.values():
@@ -198,6 +207,21 @@ def _check_whole(request: Request, received: _Received) -> None:
             raise Fault(f"{num_tokens} tokens and {reason!r}, expected {request.max_tokens}")
     if received.num_tokens_by_usage != received.num_tokens:
         raise Fault(f"usage says {received.num_tokens_by_usage} tokens, {received.num_tokens} came")
+
+
+def _compare_with_first(request: Request, received: _Received) -> None:
+    """Compare with the first answer to the same request; the first one is kept."""
+    if request.repeated is None:
+        return
+    token_ids, first = received.choices[0].token_ids, request.repeated.token_ids
+    if first is None:
+        request.repeated.token_ids = token_ids
+    elif token_ids != first:
+        at = first_difference(token_ids, first)
+        raise Fault(
+            f"token {at} differs from the first answer's to the same seed: "
+            f"{token_ids[at : at + 4]}, before {list(first)[at : at + 4]}"
+        )
 
 
 def _compare(request: Request, received: _Received, end: End) -> int:

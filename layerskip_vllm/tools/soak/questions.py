@@ -62,6 +62,10 @@ class _Writer:
             "penalties": self._penalties,
             "stop": self._stop,
             "logprobs": self._logprobs,
+            "token logprobs": self._token_logprobs,
+            "biases": self._biases,
+            "tiny prompt": self._tiny_prompt,
+            "grammar": self._grammar,
             "allowed tokens": self._allowed_tokens,
             "forced length": self._forced_length,
         }
@@ -130,6 +134,33 @@ class _Writer:
     def _logprobs(self) -> dict[str, Any]:
         more = {"prompt_logprobs": 1} if self._rng.random() < 0.3 else {}
         return {**self._short(), "logprobs": self._rng.choice([0, 1, 5]), **more}
+
+    def _token_logprobs(self) -> dict[str, Any]:
+        token_ids = sorted(set(self._text(self._rng.choice([1, 9, 90]))))
+        return {**self._short(), "logprobs": 1, "logprob_token_ids": token_ids}
+
+    def _biases(self) -> dict[str, Any]:
+        biases = {str(token_id): self._rng.uniform(-9, 9) for token_id in self._text(20)}
+        penalty = self._rng.choice([1.0, 1.3])
+        return {**self._short(), "logit_bias": biases, "repetition_penalty": penalty}
+
+    def _tiny_prompt(self) -> dict[str, Any]:
+        return {"prompt": self._text(self._rng.randint(1, 2)), "max_tokens": self._length()}
+
+    def _grammar(self) -> dict[str, Any]:
+        # All but the last end, and go on after EOS, which drafts may have inside.
+        grammars: list[dict[str, Any]] = [
+            {"regex": "[a-d]{1,3}"},
+            {"choice": ["yes", "no", "yesterday"]},
+            {"json": {"type": "object", "properties": {}, "additionalProperties": False}},
+            {"regex": r"[\s\S]*"},
+        ]
+        return {
+            **self._short(),
+            "max_tokens": self._max_tokens,
+            "ignore_eos": self._rng.random() < 0.7,
+            "structured_outputs": self._rng.choice(grammars),
+        }
 
     def _allowed_tokens(self) -> dict[str, Any]:
         return {**self._short(), "allowed_token_ids": sorted(set(self._text(40)))}

@@ -43,6 +43,10 @@ WRONG_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "top_p is above 1": {"top_p": 1.5},
     "top_k is -2": {"top_k": -2},
     "min_p is above 1": {"min_p": 1.5},
+    "logit_bias outside the vocabulary": {"logit_bias": {str(2**31): 1}},
+    "logprobs of tokens outside the vocabulary": {"logprobs": 1, "logprob_token_ids": [2**31]},
+    "logprobs of too many tokens": {"logprobs": 1, "logprob_token_ids": [5] * 129},
+    "grammar is broken": {"structured_outputs": {"regex": "["}},
     "n is 0": {"n": 0},
     "n is negative": {"n": -3},
     "n is huge": {"n": 10**9, "temperature": 1},
@@ -63,12 +67,6 @@ WRONG_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "stream is text": {"stream": "perhaps"},
     "stream_options without stream": {"stream_options": {"include_usage": True}},
     "vllm_xargs is a list": {"vllm_xargs": [1]},
-}
-
-# What speculative decoding cannot do: vLLM refuses it with any method.
-UNSUPPORTED: Mapping[str, Mapping[str, Any]] = {
-    "min_p with drafts": {"min_p": 0.1, "temperature": 1},
-    "logit_bias with drafts": {"logit_bias": {"5": 10}},
 }
 
 

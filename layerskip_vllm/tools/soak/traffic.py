@@ -12,8 +12,16 @@ from layerskip_vllm.tools.server.service import Service
 from layerskip_vllm.tools.soak import refusals
 from layerskip_vllm.tools.soak.questions import Question
 
-COMPLETIONS, CHAT = "v1/completions", "v1/chat/completions"
+COMPLETIONS, CHAT, SCORE = "v1/completions", "v1/chat/completions", "generative_scoring"
 _SAMPLED_TOKENS = 32
+_NUM_REPEATS = 3
+
+
+@dataclass
+class Repeated:
+    """What was answered to a seeded request, which is sent again."""
+
+    token_ids: Sequence[int] | None = None  # None before the first answer
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,8 @@ class Request:
     path: str = COMPLETIONS
     is_refused: bool = False  # with a 4xx status; it must be answered otherwise
     question: Question | None = None  # if the answer is compared with plain vLLM's
-    num_choices: int = 1  # completions in an answer
+    repeated: Repeated | None = None  # if the answer is compared with those to the same before
+    num_choices: int = 1  # completions, or scores, in an answer
     max_tokens: int = 0  # of each of them
     is_stream: bool = False
     cancel_after_tokens: int | None = None  # when the client leaves a stream; None to read it all
@@ -64,7 +73,7 @@ class Traffic:
             self._ask(question, setting, "one candidate", f"alone, {setting}")
             for setting in _ONE_CANDIDATE
         ]
-        return [*greedy, *sampled]
+        return [*greedy, *sampled, *self._repeat_seeds(), self._score()]
 
     def draw_question(self) -> Request:
         """Return a greedy question, streamed or not, drafted for as the server does or less."""
@@ -137,6 +146,32 @@ class Traffic:
         payload = json.dumps({"model": self.service.model, **body}).encode()
         return Request("chat", "no chat template", payload, CHAT, is_refused=True)
 
+    def _repeat_seeds(self) -> list[Request]:
+        """Ask seeded requests several times, of which the first alone finds its prompt uncached.
+
+        Beside others a step may have no room for a draft, which draws otherwise from a seed.
+        """
+        requests = []
+        for seed, max_tokens in ((7, _SAMPLED_TOKENS), (0, 2)):
+            repeated = Repeated()
+            prompt = [token_id for piece in self.service.pieces for token_id in piece][:97]
+            body = {"prompt": prompt, "temperature": 1, "seed": seed, "max_tokens": max_tokens}
+            expected = {"repeated": repeated, "drafts_fewer": False}
+            requests += [
+                self._answered("seeded", f"seed {seed}, time {time}", body, **expected)
+                for time in range(1, _NUM_REPEATS + 1)
+            ]
+        return requests
+
+    def _score(self) -> Request:
+        """Ask how likely tokens are after each of some items."""
+        pieces = [list(piece) for piece in self.service.pieces]
+        items = self._rng.sample(pieces, self._rng.randint(1, min(4, len(pieces))))
+        labels = sorted(set(self._rng.choice(pieces)))[:20]
+        body = {"query": self._rng.choice(pieces), "items": items, "label_token_ids": labels}
+        payload = json.dumps({"model": self.service.model, **body}).encode()
+        return Request("score", f"{len(items)} items", payload, SCORE, num_choices=len(items))
+
     def _cut_prompt(self, room: int) -> str | list[int]:
         """Cut a question's prompt so that a completion of `room` tokens fits."""
         prompt = self._rng.choice(self.questions).body["prompt"]
@@ -163,6 +198,7 @@ class Traffic:
         self, kind: str, detail: str, body: Mapping[str, Any], **expected: Any
     ) -> Request:
         expected = {"max_tokens": body["max_tokens"], **expected}
+        drafts_fewer = expected.pop("drafts_fewer", True)
         is_stream = expected.pop("is_stream", None)
         if is_stream is None:
             # vLLM has no log probabilities of prompts in streams.
@@ -171,7 +207,7 @@ class Traffic:
         if is_stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         limit = self.service.num_speculative_tokens
-        if limit is not None and self._rng.random() < 0.25:
+        if limit is not None and drafts_fewer and self._rng.random() < 0.25:
             setting = {"num_speculative_tokens": self._rng.randint(0, limit)}
             body |= {"vllm_xargs": {"layerskip": json.dumps(setting)}}
         return Request(kind, detail, json.dumps(body).encode(), is_stream=is_stream, **expected)
@@ -183,7 +219,7 @@ def _list_malformed(service: Service) -> list[tuple[str, str, bytes]]:
     fields = dict(refusals.WRONG_FIELDS)
     if service.num_speculative_tokens is not None:
         own = refusals.wrong_layerskip_settings(service.num_speculative_tokens)
-        fields = {**fields, **refusals.UNSUPPORTED, **own}
+        fields = {**fields, **own}
     named = [(name, COMPLETIONS, text) for name, text in refusals.MALFORMED_TEXTS.items()]
     named += [(name, CHAT, text) for name, text in refusals.MALFORMED_TEXTS.items()]
     return named + [
@@ -199,6 +235,7 @@ _ONE_CANDIDATE: Sequence[Mapping[str, Any]] = (
     {"temperature": 2, "top_k": 1},
     {"temperature": 1, "top_p": 1e-6},
     {"temperature": 0, "top_p": 0.5, "top_k": 3, "seed": 5},
+    {"temperature": 2, "min_p": 1},
 )
 
 # Settings at their limits, which must be answered all the same.
@@ -225,6 +262,10 @@ _SAMPLED: Mapping[str, Mapping[str, Any]] = {
     "many bad words": {"bad_words": [f"w{index}" for index in range(40)]},
     "one allowed token": {"allowed_token_ids": [5]},
     "min_p 0 and no bias": {"min_p": 0, "logit_bias": {}},
+    "min_p, top_p and a bias": {"min_p": 0.1, "top_p": 0.9, "logit_bias": {"5": 9}},
+    "a forbidden token": {"logit_bias": {"5": -100}, "temperature": 2},
+    "logprobs of tokens": {"logprobs": 1, "logprob_token_ids": [5, 6, 7]},
+    "a grammar": {"structured_outputs": {"regex": r"[\s\S]*"}, "ignore_eos": True},
 }
 
 # How often each kind comes, and what draws it.
@@ -238,4 +279,5 @@ KINDS: Mapping[str, tuple[int, Callable[[Traffic], Request]]] = {
     "malformed": (10, Traffic.draw_malformed),
     "over-long": (3, Traffic._too_long),
     "chat": (3, Traffic._chat),
+    "score": (3, Traffic._score),
 }

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from layerskip_vllm.tools.engine_process import EngineProcess, JobError
+from layerskip_vllm.tools.float32 import float32_env
 from layerskip_vllm.tools.verify.command import VerifyConfig
 from layerskip_vllm.tools.verify.engine_run import EngineJob, EngineOutput
 
@@ -74,6 +75,7 @@ def run_engine(name: str, job: EngineJob, folder: Path) -> EngineOutput:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         **os.environ,
+        **float32_env(job.config.dtype),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     process = EngineProcess(name, folder / f"{name}.log", env)

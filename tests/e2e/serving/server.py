@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.serving.vllm_command import resolve_vllm
+from layerskip_vllm.tools.float32 import IEEE_FLOAT32
 from layerskip_vllm.tools.server.metrics import SpecDecodeCounters
 from layerskip_vllm.tools.server.process import Server
 
@@ -24,6 +25,7 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_NO_USAGE_STATS": "1",
+    **IEEE_FLOAT32,
 }
 FLAGS = [
     "--served-model-name=model",
@@ -44,7 +46,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def command(*arguments: str) -> list[str]:
     """The command line of `vllm serve`."""
-    return [str(Path(sys.executable).with_name("vllm")), "serve", *arguments]
+    return resolve_vllm(["vllm", "serve", *arguments])
 
 
 class ModelServer(Server):

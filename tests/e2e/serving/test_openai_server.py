@@ -1,9 +1,8 @@
-"""What else the OpenAI server takes: chat, tool calls, streams, and what vLLM itself refuses."""
+"""What else the OpenAI server takes: chat, tool calls, streams, scores, a checkpoint's defaults."""
 
 from __future__ import annotations
 
 import json
-import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,7 @@ def server(
     folder = tmp_path_factory.mktemp("server")
     template = folder / "template.jinja"
     template.write_text(CHAT_TEMPLATE)
+    Path(folder, "generation_config.json").write_text('{"min_p": 1.0}')
     with ModelServer(
         folder,
         str(checkpoint("llama")),
@@ -52,6 +52,7 @@ def server(
         "--num-speculative-tokens=3",
         "--spec-exit-layer=2",
         f"--chat-template={template}",
+        f"--generation-config={folder}",
         "--enable-auto-tool-choice",
         "--tool-call-parser=hermes",
         '--structured-outputs-config={"backend": "xgrammar", "disable_any_whitespace": true}',
@@ -109,14 +110,20 @@ def test_tool_is_called_with_valid_arguments_when_drafting(
     assert server.counters().num_drafts > before.num_drafts
 
 
-@pytest.mark.parametrize(
-    "parameters", [{"min_p": 0.1, "temperature": 1}, {"logit_bias": {"5": 10}}], ids=str
-)
-@pytest.mark.feature("Requests", "`logit_bias`, `min_p`", is_refused=True)
-def test_request_is_refused_when_vllm_cannot_speculate_with_it(
-    server: ModelServer, parameters: dict[str, Any]
-) -> None:
-    with pytest.raises(urllib.error.HTTPError) as error:
-        server.complete("hello", **parameters)
-    assert error.value.code == 400
-    assert "not yet supported with speculative decoding" in error.value.read().decode()
+def test_server_scores_items_when_it_drafts_for_others(server: ModelServer) -> None:
+    body = {"query": "def f(", "items": ["a", "b"], "label_token_ids": [5, 6, 7]}
+    answer = json.loads(server.fetch("/generative_scoring", body))
+    assert [item["index"] for item in answer["data"]] == [0, 1]
+    assert all(0 < item["score"] < 1 for item in answer["data"])
+
+
+@pytest.mark.feature("Requests", "`min_p` of a `generation_config.json`")
+def test_request_is_answered_when_the_checkpoint_sets_min_p(server: ModelServer) -> None:
+    """The default of every request that does not say otherwise; with 1, the likeliest token."""
+
+    def complete(**parameters: Any) -> str:
+        answer = server.complete("hello", max_tokens=12, ignore_eos=True, **parameters)
+        return str(answer["choices"][0]["text"])
+
+    assert complete(temperature=1) == complete(temperature=0)
+    assert complete(temperature=2, min_p=0) != complete(temperature=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,7 +82,7 @@ def server(
     folder = tmp_path_factory.mktemp("server")
     (folder / "config.yaml").write_text(YAML)
     variables = {
-        "PYTHONPATH": str(probe),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(probe), os.environ.get("PYTHONPATH")))),
         "VLLM_TEST_PROBE": str(folder),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     }

@@ -38,6 +38,7 @@ def server(
         yield server
 
 
+@pytest.mark.gpu
 def test_server_accepts_every_draft_when_all_layers_draft(server: ModelServer) -> None:
     before = server.counters()
     # Each step verifies three drafts and adds a token; the first token comes without drafts.

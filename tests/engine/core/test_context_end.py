@@ -6,6 +6,8 @@ from tests.support.checkpoints import NUM_LAYERS
 from tests.support.checks import assert_all_accepted, assert_same_outputs
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
+pytestmark = pytest.mark.gpu
+
 MAX_MODEL_LEN = 64
 
 

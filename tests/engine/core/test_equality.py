@@ -10,6 +10,8 @@ from tests.support.checks import (
 )
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
+pytestmark = pytest.mark.gpu
+
 # Prompts of different lengths, some of them longer than a KV cache block (32 tokens) or ending with
 # one; outputs that end before the first draft, inside one, and after several.
 REQUESTS = (

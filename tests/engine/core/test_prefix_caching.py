@@ -5,8 +5,15 @@ from dataclasses import replace
 import pytest
 
 from tests.support.checkpoints import NUM_LAYERS
-from tests.support.checks import assert_all_accepted, assert_same_outputs
+from tests.support.checks import (
+    assert_all_accepted,
+    assert_close_logprobs,
+    assert_same_outputs,
+    completions,
+)
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
+
+pytestmark = pytest.mark.gpu
 
 BLOCK_SIZE = 32
 CACHING = {"enable_prefix_caching": True}
@@ -41,19 +48,23 @@ def test_tokens_equal_plain_when_prompts_repeat(runner, checkpoint, exit_layer):
 def test_tokens_equal_plain_when_prompt_is_cached_but_for_one_token(
     runner, checkpoint, exit_layer, num_speculative_tokens
 ):
-    """Such a prompt looks like a decode: vLLM gives it placeholder drafts, beside real ones."""
+    """Such a prompt, and one of one token, looks like a decode when it joins: vLLM would have it
+    verify K placeholders, which nothing has drafted."""
     prompt, other = tokens(2 * BLOCK_SIZE + 1), tokens(10, 1)
     requests = (
         Request(prompt, {"max_tokens": 6}),
         Request(other, {"max_tokens": 14}, phase=1),
         Request(prompt, {"max_tokens": 8}, joins_at=2, phase=1),
         Request(prompt, {"max_tokens": 1}, joins_at=2, phase=1),
+        Request(prompt[:1], {"max_tokens": 6}, joins_at=3, phase=1),
+        Request(prompt, {"max_tokens": 6, "min_tokens": 5, "logprobs": 2}, joins_at=4, phase=1),
     )
     speculative = layerskip(exit_layer, num_speculative_tokens)
     plain, drafted = pair(runner, Scenario(str(checkpoint()), requests, speculative, CACHING))
     assert_same_outputs(plain, drafted)
-    assert [o.num_cached_tokens for o in drafted.outputs] == [0, 0, 64, 64]
-    assert any(0 < step.num_padded < step.num_drafts for step in drafted.steps)
+    assert_close_logprobs(completions(plain)[-1], completions(drafted)[-1])
+    assert [o.num_cached_tokens for o in drafted.outputs] == [0, 0, 64, 64, 0, 64]
+    assert not any(step.num_padded for step in drafted.steps)
 
 
 @pytest.mark.parametrize("exit_layer", [2, 4])

@@ -7,6 +7,8 @@ from tests.support.checkpoints import NUM_LAYERS
 from tests.support.checks import assert_same_outputs, assert_some_accepted_some_refused
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
+pytestmark = pytest.mark.gpu
+
 K = 4
 DETAILED = {"per_request_spec_decode_metrics": "detailed"}
 
@@ -108,8 +110,8 @@ def test_requests_draft_their_number_when_k_depends_on_batch_size(runner, checkp
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-def test_cached_prompt_gets_no_more_placeholders_than_its_number(runner, checkpoint, is_async):
-    """A prompt cached but for one token is padded with K placeholder drafts by vLLM."""
+def test_requests_draft_their_number_when_their_prompt_is_cached(runner, checkpoint, is_async):
+    """Cached but for one token, to which vLLM would add K placeholders, whatever they ask for."""
     prompt = tokens(33)
     others = tuple(
         Request(prompt, {"max_tokens": 9, **limit(num_drafts)}, phase=1 + order)
@@ -125,7 +127,7 @@ def test_cached_prompt_gets_no_more_placeholders_than_its_number(runner, checkpo
     )
     plain, drafted = runner.pair(scenario)
     assert_same_outputs(plain, drafted)
-    assert [step.num_padded for step in drafted.steps if step.num_padded] == [1, 1]
+    assert not any(step.num_padded for step in drafted.steps)
     assert [steps_of(drafted, index)[:1] for index in (1, 2, 3)] == [[K], [], [1]]
     assert max(steps_of(drafted, 3)) == 1
 
@@ -147,6 +149,30 @@ def test_requests_draft_their_number_when_they_are_sampled(runner, checkpoint, m
     assert [drafted.token_ids[i] for i in (1, 3)] == [plain.token_ids[i] for i in (1, 3)]
     assert [max(steps_of(drafted, i), default=0) for i in range(5)] == [0, 1, 2, K, K]
     assert_some_accepted_some_refused(drafted)
+
+
+def test_request_drafts_the_engines_number_when_no_check_has_seen_its_entry(runner, checkpoint):
+    """As of a client that adds requests to the engine core itself."""
+    field = "num_speculative_tokens"
+    entries = (
+        *("off", -1, 2.5, 10**9, None, True, b"2", [2], [[[]]], {}, {3: 2}),
+        *({field: value} for value in ("2", -1, 2.5, 10**9, None, True, [2], {field: 2})),
+        *(f'{{"{field}": {value}}}' for value in ("1e3", "[2]", "null", "-1", '"2"')),
+        *("[" * 5000, "1" * 5000),
+    )
+    requests = (
+        *(
+            Request(tokens(5 + index), unchecked={"layerskip": entry}, joins_at=index // 4)
+            for index, entry in enumerate(entries)
+        ),
+        Request(tokens(9), limit(2)),
+        Request(tokens(8), unchecked={"layerskip": {field: 2}}),
+    )
+    scenario = Scenario(str(checkpoint()), requests, layerskip(4, 3), DETAILED)
+    plain, drafted = runner.pair(scenario)
+    assert_same_outputs(plain, drafted)
+    found = [max(steps_of(drafted, index)) for index in range(len(requests))]
+    assert found == [3] * len(entries) + [2, 2]
 
 
 @pytest.mark.parametrize("speculative", [None, layerskip(2, 3)], ids=["plain", "layerskip"])

@@ -13,6 +13,8 @@ from tests.support.scenarios import Completion, Output, Report, Request, Scenari
 
 PROMPT = tokens(20)
 MAX_TOKENS = 12
+TOKEN_IDS = [5, 6, 7, 250]
+BIASES = {3: -100.0, 40: 3.5, 17: 3.5, 150: 3.5, 77: -2.0}
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,14 @@ def served(runner, checkpoint, request) -> Served:
         "bad_words": {"bad_words": [chr(character + 29) if character > 2 else "\n"]},
         "logprobs": {"logprobs": 3},
         "prompt_logprobs": {"prompt_logprobs": 2, "logprobs": 0},
+        "all_logprobs": {"logprobs": -1},
+        "logprob_token_ids": {"logprob_token_ids": TOKEN_IDS, "logprobs": len(TOKEN_IDS)},
+        "fewer_token_ids": {"logprob_token_ids": TOKEN_IDS[:1]},
+        "no_token_ids": {"logprob_token_ids": []},
+        "logit_bias": {"logit_bias": BIASES},
+        "penalized_bias": {"logit_bias": BIASES, "repetition_penalty": 1.3},
+        # Nothing but the likeliest token is left of each distribution.
+        "min_p": {"temperature": 1.5, "min_p": 1.0, "seed": 1},
         # vLLM refuses several greedy outputs; the likeliest token alone is the same thing.
         "n": {"n": 2, "temperature": 1.0, "top_p": 1e-4},
     }
@@ -78,7 +88,11 @@ def served(runner, checkpoint, request) -> Served:
         str(checkpoint(eos_token_id=ids[end])),
         tuple(Request(PROMPT, params | own) for own in requests.values()),
         layerskip(exit_layer, num_speculative_tokens),
-        {"max_num_seqs": 16, "per_request_spec_decode_metrics": "detailed"},
+        {
+            "max_num_seqs": 20,
+            "max_logprobs": -1,
+            "per_request_spec_decode_metrics": "detailed",
+        },
     )
     plain, drafted = runner.pair(scenario)
     served = Served(tuple(requests), greedy, end, plain, drafted)
@@ -87,7 +101,7 @@ def served(runner, checkpoint, request) -> Served:
         for name in ("eos", "stop_token"):
             # The output ended inside a draft: all of it was accepted, past the end.
             assert served.only(name).spec_decode["per_step_accepted"] == [5]
-        for name in ("penalties", "allowed", "bad_words"):
+        for name in ("penalties", "allowed", "bad_words", "logit_bias", "penalized_bias", "min_p"):
             assert sum(served.only(name).spec_decode["per_step_accepted"]) > 0
     return served
 
@@ -157,6 +171,37 @@ def test_prompt_logprobs_equal_plain_when_drafting(served):
     assert len(drafted.prompt_logprobs) == len(plain.prompt_logprobs) == len(PROMPT)
     for here, there in zip(plain.prompt_logprobs[1:], drafted.prompt_logprobs[1:], strict=True):
         assert here == pytest.approx(there, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "token_ids"),
+    [("logprob_token_ids", TOKEN_IDS), ("fewer_token_ids", TOKEN_IDS[:1])],
+)
+@pytest.mark.feature("Requests", "`logprob_token_ids`")
+def test_logprobs_are_of_the_tokens_asked_for_when_they_come_from_drafts(served, name, token_ids):
+    completion = served.only(name)
+    (plain,), (drafted,) = (output.completions for output in served.outputs(name))
+    assert_close_logprobs(plain, drafted)
+    for token_id, position in zip(completion.token_ids, drafted.logprobs, strict=True):
+        assert position.keys() == {token_id, *token_ids}
+
+
+def test_neighbours_keep_their_logprobs_when_token_ids_are_asked_for(served):
+    """All tokens of each position for one request, nothing for another."""
+    (plain,), (drafted,) = (output.completions for output in served.outputs("all_logprobs"))
+    assert_close_logprobs(plain, drafted)
+    assert all(len(position) == 256 for position in drafted.logprobs)
+    assert served.only("no_token_ids").logprobs is None
+
+
+@pytest.mark.feature("Requests", "`logit_bias`, `min_p`")
+def test_tokens_equal_plain_when_logits_are_biased(served):
+    tokens_of = {name: served.only(name).token_ids for name in ("logit_bias", "penalized_bias")}
+    assert len({served.greedy.token_ids, *tokens_of.values()}) == 3
+
+
+def test_tokens_are_the_likeliest_when_min_p_is_one(served):
+    assert served.only("min_p").token_ids == served.greedy.token_ids
 
 
 @pytest.mark.feature("Requests", "`n`")

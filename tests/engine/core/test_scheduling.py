@@ -10,6 +10,8 @@ from tests.support.checks import (
 )
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
+pytestmark = pytest.mark.gpu
+
 BLOCK_BYTES = 1 << 17  # of the tiny Llama: 32 tokens, 8 layers, 2 heads of 32, keys and values
 
 
@@ -38,6 +40,27 @@ def test_tokens_equal_plain_when_prefill_comes_in_small_chunks(
     assert max(step.num_tokens for step in drafted.steps) <= 16
     if exit_layer == NUM_LAYERS:
         assert_all_accepted(drafted)
+
+
+@pytest.mark.parametrize("threshold", [1, 4])
+def test_tokens_equal_plain_when_a_step_takes_fewer_tokens_of_a_request_than_a_draft(
+    runner, checkpoint, threshold
+):
+    """And of a prompt, of which two are cached but for one token."""
+    requests = (
+        Request(tokens(33), {"max_tokens": 5}),
+        Request(tokens(33), {"max_tokens": 9}, phase=1),
+        Request(tokens(33), {"max_tokens": 9}, phase=1),
+        Request(tokens(5), {"max_tokens": 9}, phase=1, joins_at=1),
+        Request(tokens(1), {"max_tokens": 9}, phase=1, joins_at=2),
+    )
+    engine = {"enable_prefix_caching": True, "long_prefill_token_threshold": threshold}
+    scenario = Scenario(str(checkpoint()), requests, layerskip(4, 4), engine)
+    plain, drafted = runner.pair(scenario)
+    assert_same_outputs(plain, drafted)
+    # The whole draft of a request that is alone, and what is left room for beside others.
+    lens = {num_drafts for step in drafted.steps for num_drafts in step.draft_lens}
+    assert lens == {4, threshold - 1} - {0}
 
 
 def test_tokens_equal_plain_when_token_budget_cuts_drafts(runner, checkpoint):

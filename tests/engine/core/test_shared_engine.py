@@ -1,4 +1,6 @@
-"""An engine that these tests share is as good as new: their order does not matter."""
+"""The engines that these tests share: of the vLLM that is tested, and as good as new each time."""
+
+from importlib import import_module
 
 from tests.support.checks import assert_some_accepted_some_refused
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
@@ -20,3 +22,8 @@ def test_all_is_the_same_when_an_engine_serves_once_more(runner, checkpoint):
     assert second == first
     assert first.outputs[3].num_cached_tokens == 32
     assert_some_accepted_some_refused(first)
+
+
+def test_vllm_is_that_of_the_tests_when_a_runner_has_a_process_of_its_own(runner):
+    """Else tests of another vLLM, whose Python stands on PYTHONPATH, would test this one."""
+    assert runner.run("tests.support.jobs:find_vllm") == import_module("vllm").__file__

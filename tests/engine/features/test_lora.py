@@ -12,6 +12,7 @@ from tests.support.lora_adapters import TARGETS, make_lora_adapter
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
 pytestmark = [
+    pytest.mark.gpu,
     pytest.mark.feature("Models and weights", "LoRA, several adapters in one batch"),
 ]
 

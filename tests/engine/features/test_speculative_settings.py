@@ -12,6 +12,8 @@ from tests.support.checks import (
 )
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
+pytestmark = pytest.mark.gpu
+
 REQUESTS = (
     Request(tokens(20), {"max_tokens": 14}),
     Request(tokens(5), {"max_tokens": 4}),

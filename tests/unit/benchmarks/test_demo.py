@@ -109,10 +109,15 @@ def test_env_preloads_openmp_on_the_cpu_alone(tmp_path, monkeypatch):
     assert build_env(PLAIN, "m", is_gpu=True)["LD_PRELOAD"] == "other.so"
 
 
-def test_resolve_vllm_raises_when_this_python_has_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(ValueError, match="make setup"):
-        resolve_vllm(["vllm", "serve"])
+def test_resolve_vllm_needs_no_script_beside_this_python(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    assert resolve_vllm(["vllm", "serve", "m"]) == [
+        "/nowhere/python",
+        "-m",
+        "vllm.entrypoints.cli.main",
+        "serve",
+        "m",
+    ]
 
 
 def test_pre_commit_has_the_versions_that_the_setup_installs():

@@ -70,6 +70,22 @@ def test_request_is_refused_when_its_entry_is_wrong(check, entry, message):
     assert str(error.value).startswith("extra_args['layerskip']")
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *("off", -1, 2.5, None, True, b"2", [2], "[" * 100_000),
+        *({"num_speculative_tokens": value} for value in ("2", -1, 2.5, None, True, [2], {})),
+        '{"num_speculative_tokens": 1e3}',
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_request_has_no_limit_when_its_entry_is_wrong_and_unchecked(entry):
+    """In the engine core, where an error would end all requests."""
+    from vllm.sampling_params import SamplingParams
+
+    assert max_num_drafts(SamplingParams(extra_args={"layerskip": entry})) is None
+
+
 def test_request_is_refused_when_the_engine_drafts_otherwise(speculate):
     from vllm.sampling_params import SamplingParams
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from scripts.ledger import version_here
 from tests.unit.model_configs import MAX_MODEL_LEN, NUM_LAYERS
 
 NOT_POSITIVE_INTS = [0, -1, True, "2", 2.0, float("nan"), [2], {}]
@@ -82,6 +83,9 @@ def test_every_other_setting_of_vllm_is_refused_when_it_does_not_apply(
     others = SpeculativeConfig.__dataclass_fields__.keys() - KNOWN_KEYS - filled_in
     assert {"quantization", "moe_backend", "parallel_drafting", "prompt_lookup_max"} <= others
     assert {"max_model_len", "draft_tensor_parallel_size", "kv_cache_dtype"} <= others
+    since_0_33 = {"draft_lm_head_quantization", "disable_lookahead_block_hashes"}
+    since_0_33 |= {"xpress_topc", "fly_window_size", "fly_entropy_threshold", "fly_entropy_top_k"}
+    assert since_0_33 & others == (set() if version_here() == "0.32.0" else since_0_33)
     for key in sorted(others):
         message = refusal_of(speculate, **{key: "3"})
         assert f"{key} is '3'" in message
@@ -94,7 +98,6 @@ def test_every_other_setting_of_vllm_is_refused_when_it_does_not_apply(
     [
         ("draft_sample_method", "typical", "'greedy' or 'probabilistic'"),
         ("draft_sample_method", 1, "'greedy' or 'probabilistic'"),
-        ("rejection_sample_method", "lenient", "'standard', 'synthetic' or 'block'"),
         ("use_local_argmax_reduction", "perhaps", "a valid boolean"),
         ("enforce_eager", "perhaps", "a valid boolean"),
     ],
@@ -107,6 +110,15 @@ def test_shared_setting_is_refused_when_its_value_is_not_one_of_vllm(
     assert key in message
     assert f"input_value={value!r}" in message
     assert right in message
+
+
+@pytest.mark.parametrize("method", ["fly", "lenient", 1, ["block"]], ids=repr)
+def test_rejection_method_is_refused_when_it_may_change_the_output(
+    speculate: Speculate, method: Any
+) -> None:
+    message = refusal_of(speculate, rejection_sample_method=method)
+    assert f"rejection_sample_method is {method!r}" in message
+    assert "must be 'standard' or 'block', which keep" in message
 
 
 @pytest.mark.parametrize(

@@ -306,16 +306,16 @@ def test_definition_is_found_when_it_is_a_variable_or_an_attribute(
     assert vllm_source.definitions(write(ASSIGNED)).get(qualname) == source
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.0+cu130"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.0+cu130", "0.33.0"])
 def test_version_is_accepted_when_it_is_a_supported_release(version: str) -> None:
     check_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.31.0", "0.32.1", "0.33.0", "1.0", "dev"])
+@pytest.mark.parametrize("version", ["0.31.0", "0.32.1", "0.34.0", "1.0", "dev"])
 def test_version_is_refused_when_it_is_not_a_supported_release(version: str) -> None:
     with pytest.raises(HookError) as error:
         check_version(version)
     assert f"vLLM {version} is not supported" in str(error.value)
-    assert "Install vllm==0.32.0" in str(error.value)
+    assert "Install vllm==0.32.0 or vllm==0.33.0, or" in str(error.value)
     assert "VLLM_LAYERSKIP_SKIP_VERSION_CHECK=1" in str(error.value)
     check_version(version, is_check_skipped=True)

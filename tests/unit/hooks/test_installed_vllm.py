@@ -14,7 +14,8 @@ import vllm
 from layerskip_vllm.hooks import install as hooks
 from layerskip_vllm.hooks import vllm_source
 from layerskip_vllm.hooks.install import Entry, Hook, HookError, check, install
-from layerskip_vllm.plugin import LEDGER, SKIP_VERSION_CHECK, register
+from layerskip_vllm.hooks.method_hooks import METHOD_HOOKS, REGISTRY
+from layerskip_vllm.plugin import LEDGER, SKIP_VERSION_CHECK, entries_here, register
 
 DIGESTS = vllm_source.read_digests(vllm.__version__)
 HOOKS = [entry for entry in LEDGER if isinstance(entry, Hook)]
@@ -38,19 +39,20 @@ def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
         copies[module] = None
         if change is not None:
             copies[module] = tmp_path / f"{module}.py"
-            copies[module].write_text(change(find_file(module).read_text()))
+            file = find_file(module)
+            copies[module].write_text(change(file.read_text() if file else ""))
 
     monkeypatch.setattr(
         vllm_source,
         "find_file",
-        lambda module: copies[module] if module in copies else find_file(module),
+        lambda module, root=None: copies[module] if module in copies else find_file(module),
     )
     # What is not edited is parsed once in all tests.
     of_copies = functools.cache(definitions.__wrapped__)
     monkeypatch.setattr(
         vllm_source,
         "definitions",
-        lambda module: (of_copies if module in copies else definitions)(module),
+        lambda module, root=None: (of_copies if module in copies else definitions)(module),
     )
     return edit
 
@@ -174,6 +176,16 @@ def test_registration_is_refused_when_the_version_is_another(
     with pytest.raises(HookError, match=r"vLLM 0\.31\.0 is not supported.*SKIP_VERSION_CHECK=1"):
         register()
     assert not hooks._states
+
+
+@pytest.mark.parametrize(
+    ("field", "is_ours"), [("create_config", True), ("configure", False)], ids=["ours", "another"]
+)
+def test_registry_stands_for_the_hooks_when_it_has_what_layerskip_needs(
+    edit: Callable[..., None], field: str, is_ours: bool
+) -> None:
+    edit(REGISTRY, lambda source: f"class SpeculativeMethodSpec:\n    {field}: object\n")
+    assert is_ours == (not set(METHOD_HOOKS) & set(entries_here()))
 
 
 @pytest.mark.parametrize(

@@ -14,17 +14,28 @@ from layerskip_vllm.hooks.uses import USES
 from layerskip_vllm.hooks.vllm_source import (
     SUPPORTED_VLLM_VERSIONS,
     definitions,
+    find_mismatches,
     read_digests,
 )
 from layerskip_vllm.plugin import LEDGER
-from scripts import ledger
+from scripts import ledger, vllm_python
 
 VERSION = vllm.__version__.partition("+")[0]
 MODULES = [use.module for use in USES]
 
 
 def test_digests_are_those_of_what_is_relied_on_when_made_again() -> None:
-    assert read_digests(VERSION) == ledger.make_digests(VERSION), "run python -m scripts.ledger"
+    assert read_digests(VERSION) == ledger.make_digests(), "run python -m scripts.ledger"
+
+
+@pytest.mark.parametrize("version", SUPPORTED_VLLM_VERSIONS)
+def test_source_is_as_its_digests_say_when_a_version_is_at_hand(version: str) -> None:
+    folder = vllm_python.CACHE / version
+    if version != VERSION and not folder.is_dir():
+        pytest.skip(f"no Python of vLLM {version}: python -m scripts.vllm_python {version}")
+    root = None if version == VERSION else folder
+    for expected in read_digests(version).values():
+        assert find_mismatches(expected or {}, root) == {}, "run python -m scripts.ledger"
 
 
 def test_page_is_that_of_the_entries_when_made_again() -> None:
@@ -126,7 +137,7 @@ def test_a_new_override_is_missing_in_the_digests_when_they_are_not_written_agai
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(LayerSkipProposer, "model_returns_tuple", lambda self: False, raising=False)
-    made = ledger.make_digests(VERSION)
+    made = ledger.make_digests()
     known = read_digests(VERSION)
     new = made[LayerSkipProposer.__module__].keys() - known[LayerSkipProposer.__module__].keys()
     assert [name.rpartition(".")[2] for name in new] == ["model_returns_tuple"]

@@ -14,7 +14,7 @@ import pytest
 
 from layerskip_vllm.checkpoint.weight_shares import read_shares
 from layerskip_vllm.hooks import install as hooks
-from layerskip_vllm.hooks import method_hooks
+from layerskip_vllm.hooks import method_hooks, vllm_source
 from layerskip_vllm.plugin import LEDGER
 from layerskip_vllm.tools.commands import main
 
@@ -195,9 +195,11 @@ def test_doctor_names_the_hook_when_its_target_has_changed(
     doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = method_hooks.METHOD_HOOKS[0].target
-    digest = hooks.source_digest
+    digest = vllm_source.source_digest
     monkeypatch.setattr(
-        hooks, "source_digest", lambda name: "0" if name == changed else digest(name)
+        vllm_source,
+        "source_digest",
+        lambda name, root: "0" if name == changed else digest(name, root),
     )
     status, report = doctor()
     assert status == 1
@@ -216,7 +218,7 @@ def test_doctor_reports_a_problem_when_vllm_is_not_installed(
     status, report = doctor()
     assert status == 1
     assert report["versions"]["vllm"] is None
-    assert report["problems"] == ["vLLM is not installed; install vllm==0.32.0."]
+    assert report["problems"] == ["vLLM is not installed; install vllm==0.32.0 or vllm==0.33.0."]
 
 
 def test_command_exits_with_usage_when_no_subcommand_is_given(

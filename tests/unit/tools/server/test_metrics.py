@@ -52,6 +52,16 @@ def test_positions_are_sorted_as_numbers_when_there_are_more_than_ten():
     assert counters.num_accepted_tokens_per_pos == tuple(range(20, 8, -1))
 
 
+def test_shares_are_of_whole_numbers_when_vllm_counts_no_drafts():
+    """As it does where a grammar allows none of them, which may be accepted all the same."""
+    for counters in (SpecDecodeCounters(5, 0, 20, (5, 5, 5, 5)), SpecDecodeCounters(5, 8, 20, ())):
+        assert counters.acceptance_rate == 1
+    none = SpecDecodeCounters(0, 0, 0, (0, 0))
+    assert (none.acceptance_rate, none.mean_acceptance_length) == (0, 1)
+    assert none.acceptance_by_position == (0, 0)
+    assert SpecDecodeCounters(5, 0, 0, (0,)).acceptance_rate == 0
+
+
 def test_sample_is_refused_when_the_server_does_not_speculate():
     page = "\n".join(line for line in PAGE.splitlines() if "spec_decode" not in line) + "\n"
     assert read(page) == SpecDecodeCounters()

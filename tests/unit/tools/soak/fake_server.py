@@ -12,7 +12,7 @@ from typing import Any
 
 from aiohttp import web
 
-from layerskip_vllm.tools.soak.refusals import UNSUPPORTED, WRONG_FIELDS, wrong_layerskip_settings
+from layerskip_vllm.tools.soak.refusals import WRONG_FIELDS, wrong_layerskip_settings
 
 MAX_MODEL_LEN = 256
 K = 4
@@ -60,6 +60,7 @@ class FakeServer:
         app.router.add_get("/health", self._health)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_post("/v1/chat/completions", self._refuse_chat)
+        app.router.add_post("/generative_scoring", self._score)
         runner = web.AppRunner(app, shutdown_timeout=0)
         await runner.setup()
         try:
@@ -85,6 +86,13 @@ class FakeServer:
 
     async def _refuse_chat(self, request: web.Request) -> web.Response:
         return refuse("there is no chat template")
+
+    async def _score(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        fault = self.misbehave(self.num_asked, body)
+        self.num_asked += 1
+        scores = [{"index": index, "score": 0.5} for index in range(len(body["items"]))]
+        return web.json_response({"data": scores[fault == "lost choice" :]})
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -185,7 +193,7 @@ def refuse_wrongly(fault: str) -> web.Response:
 
 
 def is_wrong(body: Mapping[str, Any]) -> bool:
-    changes = [*WRONG_FIELDS.values(), *UNSUPPORTED.values(), *wrong_layerskip_settings(K).values()]
+    changes = [*WRONG_FIELDS.values(), *wrong_layerskip_settings(K).values()]
     return any(
         all(key in body and repr(body[key]) == repr(value) for key, value in change.items())
         for change in changes

@@ -121,6 +121,20 @@ def test_soak_finds_wrong_tokens_when_it_leaves_a_stream() -> None:
     assert "token 0 differs from plain vLLM's" in found.reason
 
 
+def test_soak_finds_another_answer_when_a_seed_is_asked_again() -> None:
+    """What the first of three asks was answered is wrong, so that the others differ from it."""
+    server = FakeServer(once("wrong token", seed=7, temperature=1))
+    result = soak(server)
+    assert [found.request.kind for found in result.tally.faults] == ["seeded", "seeded"]
+    assert "differs from the first answer's to the same seed" in result.tally.faults[0].reason
+
+
+def test_soak_finds_a_lost_score_when_items_are_scored() -> None:
+    result = soak(FakeServer(once("lost choice")), kinds=("score",), num_requests=40)
+    (found,) = result.tally.faults
+    assert "scores, expected" in found.reason
+
+
 def test_soak_stops_when_faults_are_too_many() -> None:
     server = FakeServer(lambda index, body: "status 500")
     result = soak(server, kinds=("question",), max_faults=4, num_requests=10_000)
