@@ -289,6 +289,38 @@ def _init_speculator(original: Any) -> Any:
 
 
 @_hook(
+    target=f"{_V2_RUNNER}.initialize_kv_cache",
+    relies_on=(
+        "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager._init_candidates",
+        "vllm.v1.worker.gpu.attn_utils:get_varlen_cudagraph_unsupported_backend",
+        f"{_V2_RUNNER}.execute_model",
+    ),
+    why="on Model Runner V2, steps in which requests draft less than K stay in full CUDA graphs",
+    reason="vLLM captures them for K + 1 tokens a request. Graphs for any mix of tokens it "
+    "captures for adaptive verification alone.",
+    process="each worker with Model Runner V2",
+    upstream="not reported yet",
+    remove_when="vLLM captures them wherever the attention backend can; without this such steps "
+    "run in piecewise graphs",
+)
+def _initialize_kv_cache(original: Any) -> Any:
+    """Wrap it: with a `LayerSkipConfig`, choose the target's graphs anew after the original.
+
+    They are captured later on.
+    """
+
+    @functools.wraps(original)
+    def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if _is_config(self.speculative_config):
+            from layerskip_vllm.drafting.target_graphs import take_any_mix
+
+            take_any_mix(self)
+
+    return initialize_kv_cache
+
+
+@_hook(
     target=f"{_V2_RUNNER}.sample",
     relies_on=(
         "vllm.v1.worker.gpu.lora_utils:LoraState",

@@ -98,6 +98,14 @@ USES = (
         remove_when="vLLM captures drafts with adapters",
     ),
     Use(
+        module="layerskip_vllm.drafting.target_graphs",
+        why="the target's full graphs take requests that draft less than K",
+        process=_V2_WORKER,
+        how="Sets `varlen_decode` of the runner's `ModelCudaGraphManager`, and has it choose its "
+        "graphs anew, where vLLM's own check for adaptive verification finds nothing against it.",
+        remove_when="vLLM captures such graphs without adaptive verification",
+    ),
+    Use(
         module="layerskip_vllm.drafting.kernels",
         why="the kernels between V2's draft steps write the runner's buffers",
         process=_V2_WORKER,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from layerskip_vllm.hooks import install
 from layerskip_vllm.hooks.logits_fixes import LOGITS_FIXES
 from layerskip_vllm.hooks.logprob_fixes import LOGPROB_FIXES
+from layerskip_vllm.hooks.lora_fixes import LORA_FIXES
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from vllm.v1.structured_output.backend_guidance import GuidanceGrammar
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-FIXES: list[install.Hook] = [*LOGPROB_FIXES, *LOGITS_FIXES]
+FIXES: list[install.Hook] = [*LOGPROB_FIXES, *LOGITS_FIXES, *LORA_FIXES]
 
 _fix = functools.partial(install.hook, FIXES)
 

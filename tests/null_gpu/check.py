@@ -30,12 +30,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str], str]] = {
     "compiled, a graph of a step": ({}, {}, {}, FULL),
     "Triton attention": ({"attention_backend": "TRITON_ATTN"}, {}, {}, FULL),
     # It cannot change its metadata on the device.
-    "metadata built between replays": (
-        {"attention_backend": "FLEX_ATTENTION"},
-        {},
-        {},
-        FULL,
-    ),
+    "metadata built between replays": ({"attention_backend": "FLEX_ATTENTION"}, {}, {}, FULL),
     "drafts eager, target with graphs": ({}, {"enforce_eager": True}, {}, NO_GRAPH),
     "probabilistic drafts": ({}, {"draft_sample_method": "probabilistic"}, {}, FULL),
     "K by batch size": (
@@ -55,7 +50,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str], str]] = {
         FULL,
     ),
     "KV offloading": ({"kv_offloading_size": 0.05}, {}, {}, FULL),
-    "LoRA": (LORA, {}, {}, FULL),
+    "LoRA": (LORA, {}, {"VLLM_GPU_SYNC_CHECK": "error"}, FULL),
     "LoRA, metadata built between replays": (
         {**LORA, "attention_backend": "FLEX_ATTENTION"},
         {},
@@ -156,11 +151,7 @@ def run_server(model: str) -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    flags = [
-        "--speculative-model=layerskip",
-        "--num-speculative-tokens=3",
-        "--spec-exit-layer=2",
-    ]
+    flags = ["--speculative-model=layerskip", "--num-speculative-tokens=3", "--spec-exit-layer=2"]
     sizes = ["--max-model-len=256", "--max-num-seqs=4", "--gpu-memory-utilization=0.5"]
     # Every process of the server must say that each request got one token.
     boot = "import null_tokens; null_tokens.apply()"
@@ -175,15 +166,7 @@ def run_server(model: str) -> None:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         }
         server = subprocess.Popen(
-            [
-                "vllm",
-                "serve",
-                model,
-                "--host=127.0.0.1",
-                f"--port={port}",
-                *flags,
-                *sizes,
-            ],
+            ["vllm", "serve", model, "--host=127.0.0.1", f"--port={port}", *flags, *sizes],
             env=environment,
             start_new_session=True,
         )
@@ -204,9 +187,7 @@ def _wait_and_complete(server: subprocess.Popen[bytes], url: str, model: str) ->
             time.sleep(1)
     body = {"model": model, "prompt": [2, 3, 4], "max_tokens": 8, "ignore_eos": True}
     request = urllib.request.Request(
-        f"{url}/v1/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     answer = json.load(urllib.request.urlopen(request, timeout=120))
     assert answer["usage"]["completion_tokens"] == 8, answer
@@ -217,10 +198,7 @@ def _wait_and_complete(server: subprocess.Popen[bytes], url: str, model: str) ->
         if line.startswith("vllm:spec_decode_num_drafts_total")
     )
     assert float(counter.rsplit(" ", 1)[1]) > 0, counter
-    print(
-        "result:",
-        json.dumps({"server": "answered", "drafts": counter.rsplit(" ", 1)[1]}),
-    )
+    print("result:", json.dumps({"server": "answered", "drafts": counter.rsplit(" ", 1)[1]}))
 
 
 def main() -> int:
