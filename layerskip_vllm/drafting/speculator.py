@@ -33,6 +33,7 @@ from layerskip_vllm.drafting.exit_model import ExitModel
 from layerskip_vllm.drafting.kernels import advance_draft, prepare_draft
 from layerskip_vllm.drafting.log import log_drafting
 from layerskip_vllm.drafting.lora import DraftLoRA, make_draft_lora
+from layerskip_vllm.drafting.target_graphs import take_any_mix
 
 
 class LayerSkipSpeculator(DraftModelSpeculator):
@@ -121,6 +122,10 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             self.kv_cache_config,
             progress_bar_desc="Capturing draft CUDA graphs",
         )
+
+    def prepare_target_graphs(self, runner: Any) -> None:
+        """Have the runner's graphs take drafts of any length; called before they are captured."""
+        take_any_mix(runner)
 
     def prepare_sampling(self, lora_state: LoraState, input_batch: InputBatch) -> None:
         """Map the rows that are to be verified, and afterwards drafted from, to their adapters.

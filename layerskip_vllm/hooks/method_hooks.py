@@ -301,7 +301,7 @@ def _init_speculator(original: Any) -> Any:
     process="each worker with Model Runner V2",
     upstream="not reported yet",
     remove_when="vLLM captures them wherever the attention backend can; without this such steps "
-    "run in piecewise graphs",
+    "run in piecewise graphs; `BaseSpeculator.prepare_target_graphs` in the diff",
 )
 def _initialize_kv_cache(original: Any) -> Any:
     """Wrap it: with a `LayerSkipConfig`, choose the target's graphs anew after the original.
@@ -313,9 +313,7 @@ def _initialize_kv_cache(original: Any) -> Any:
     def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if _is_config(self.speculative_config):
-            from layerskip_vllm.drafting.target_graphs import take_any_mix
-
-            take_any_mix(self)
+            self.speculator.prepare_target_graphs(self)
 
     return initialize_kv_cache
 
