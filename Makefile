@@ -12,7 +12,7 @@ SERVICES := tests/e2e/distributed tests/e2e/reliability tests/e2e/test_documente
 # what depends on vLLM.
 OTHER_VLLM ?= 0.33.0
 OF_VLLM := tests/unit/config tests/unit/drafting tests/unit/hooks tests/engine/core \
-	tests/e2e/serving/test_plugin_loading.py tests/e2e/distributed/test_data_parallel.py
+	tests/e2e/serving/test_plugin_loading.py
 
 .PHONY: help setup test test-all test-other-vllm lint types docs package format demo check-gpu check-null-gpu clean
 
