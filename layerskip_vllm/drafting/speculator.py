@@ -287,11 +287,9 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         num_builds = int(graphs is None)
         if not self.supports_decode_metadata_update:
             num_builds = num_speculative_tokens
-        if seq_lens_cpu_upper_bound is None:
-            num_builds = 0
         attn_metadata, slot_mappings = None, None
         for step in range(num_speculative_tokens):
-            if step < num_builds:
+            if step < num_builds and seq_lens_cpu_upper_bound is not None:
                 slot_mappings = build_slot_mappings_by_layer(
                     self._compute_slot_mappings(num_reqs, batch_desc.num_tokens),
                     self.kv_cache_config,

@@ -52,7 +52,10 @@ def _validate_spec_decode(original: Any) -> Any:
 @_fix(
     target="vllm.v1.worker.gpu_model_runner:build_logitsprocs",
     defined_in="vllm.v1.sample.logits_processor",
-    relies_on=("vllm.v1.sample.logits_processor:BUILTIN_LOGITS_PROCESSORS",),
+    relies_on=(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.__init__",
+        "vllm.v1.sample.logits_processor:BUILTIN_LOGITS_PROCESSORS",
+    ),
     why="on Model Runner V1, `min_p` and `logit_bias` reach the sampler beside drafts",
     reason="With speculation vLLM builds what applies `min_tokens` alone.",
     process=_V1_WORKER,

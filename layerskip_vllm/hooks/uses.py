@@ -99,6 +99,7 @@ USES = (
     ),
     Use(
         module="layerskip_vllm.drafting.target_graphs",
+        relies_on=("vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager",),
         why="the target's full graphs take requests that draft less than K",
         process=_V2_WORKER,
         how="Sets `varlen_decode` of the runner's `ModelCudaGraphManager`, and has it choose its "

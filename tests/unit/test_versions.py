@@ -11,11 +11,16 @@ from layerskip_vllm.hooks.vllm_source import SUPPORTED_VLLM_VERSIONS
 ROOT = Path(__file__).parents[2]
 
 
-def test_vllm_is_one_version_in_setup_extras_and_hooks() -> None:
+def test_vllm_is_one_of_the_supported_in_setup_and_extras() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    in_setup = re.findall(r"VLLM_VERSION=([\d.]+)$", (ROOT / "scripts/setup.sh").read_text(), re.M)
-    assert project["optional-dependencies"]["gpu"] == [f"vllm=={in_setup[0]}"]
-    assert SUPPORTED_VLLM_VERSIONS[-1] == in_setup[0]
+    setup = (ROOT / "scripts/setup.sh").read_text()
+    in_setup = dict(re.findall(r"\b(GPU|CPU)_VLLM=([\d.]+)", setup))
+    first, last = SUPPORTED_VLLM_VERSIONS[0], SUPPORTED_VLLM_VERSIONS[-1]
+    assert in_setup["GPU"] == last
+    assert in_setup["CPU"] in SUPPORTED_VLLM_VERSIONS
+    major, minor, _ = last.split(".")
+    allowed = f"vllm>={first},<{major}.{int(minor) + 1}"
+    assert project["optional-dependencies"]["gpu"] == [allowed]
 
 
 def test_pre_commit_has_the_versions_of_make_lint() -> None:

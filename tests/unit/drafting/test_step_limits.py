@@ -88,6 +88,7 @@ def test_idle_rank_drafts_for_no_more_requests_than_the_busiest_has(
     )
     drafter: Any = SimpleNamespace(
         num_speculative_steps=K,
+        model=SimpleNamespace(follow_weights=lambda: None),
         max_model_len=64,
         input_buffers=None,
         draft_steps=None,
