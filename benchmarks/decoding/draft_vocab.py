@@ -167,6 +167,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoints", type=Path, default=DEFAULT_FOLDER)
     parser.add_argument("--output", type=Path, default=OUTPUT_FOLDER)
+    parser.set_defaults(dummy_weights=False)  # drafts that are accepted need a model that says so
     options = parser.parse_args()
     if options.exit_layer is None:
         options.exit_layer = PRESETS[options.preset].exit_layer
