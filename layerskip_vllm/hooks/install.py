@@ -167,7 +167,7 @@ def _arm(module: str, hooks: Sequence[Hook]) -> None:
 
 
 def check(entry: Entry, digests: DigestTable, root: Path | None = None) -> list[str]:
-    """Return what is wrong with vLLM for `entry`, without importing anything; [] if nothing.
+    """Check vLLM for an entry, without importing anything.
 
     The source on disk is checked, and a hook's target itself where its module is imported already.
 
@@ -175,6 +175,9 @@ def check(entry: Entry, digests: DigestTable, root: Path | None = None) -> list[
         entry: An entry of the ledger.
         digests: What is relied on, by entry.
         root: The folder with another vLLM's source, for which no target is imported here.
+
+    Returns:
+        What is wrong, a sentence each.
     """
     expected = digests.get(entry.name)
     if expected is None:
