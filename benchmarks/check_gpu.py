@@ -170,6 +170,8 @@ def make_steps(options: argparse.Namespace, scratch: Path) -> list[Step]:
 def run_step(step: Step, env: Mapping[str, str], log: Any) -> dict[str, Any]:
     """Run a step, its output on the terminal and in the log, and return what came out."""
     print(f"check-gpu: {step.name}, at most {step.budget_s:.0f} s", flush=True)
+    # A shell has its background jobs ignore it, and so would what they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     start_s = time.monotonic()
     process = subprocess.Popen(
         step.command,

@@ -53,7 +53,7 @@ def _validate_spec_decode(original: Any) -> Any:
     target="vllm.v1.worker.gpu_model_runner:build_logitsprocs",
     defined_in="vllm.v1.sample.logits_processor",
     relies_on=(
-        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.__init__",
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.may_reinitialize_input_batch",
         "vllm.v1.sample.logits_processor:BUILTIN_LOGITS_PROCESSORS",
     ),
     why="on Model Runner V1, `min_p` and `logit_bias` reach the sampler beside drafts",

@@ -62,6 +62,8 @@ def service(
     variables = {
         **RUNNERS[runner],
         "VLLM_SERVER_DEV_MODE": "1",  # for `ModelServer.call_workers`
+        # vLLM 0.33 has each rank look for a NUMA node of its own number, unless this is set.
+        "VLLM_CPU_SIM_MULTI_NUMA": "0",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
     with ModelServer(
