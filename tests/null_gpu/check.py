@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 NUM_SPECULATIVE_TOKENS = 3
 LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+OWN_K = "requests that draft less"
 FULL, NO_GRAPH = "full", "none"
 
 # name: (engine arguments, speculative settings, environment, which CUDA graphs the drafts must use)
@@ -39,6 +40,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str], str]] = {
         {},
         FULL,
     ),
+    OWN_K: ({}, {}, {}, FULL),
     # vLLM ends a step in which the host waits for the device.
     "no host sync": ({}, {}, {"VLLM_GPU_SYNC_CHECK": "error"}, FULL),
     "no async scheduling": ({"async_scheduling": False}, {}, {}, FULL),
@@ -97,7 +99,41 @@ def run_case(name: str, model: str) -> None:
     drafts = {m.name: m.value for m in llm.get_metrics() if m.name.endswith("num_drafts")}
     assert drafts["vllm:spec_decode_num_drafts"] > 0, "nothing was drafted"
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    if name == OWN_K:
+        _check_own_k(llm, runner)
     print("result:", json.dumps(_describe(runner, graphs)))
+
+
+def _check_own_k(llm: Any, runner: Any) -> None:
+    """See the target in full graphs after the prompts, and no draft step that nobody asks for."""
+    from vllm import SamplingParams
+
+    modes: list[str] = []
+    replays: list[str] = []
+    for manager, seen in ((runner.cudagraph_manager, modes), (runner.speculator.graphs, replays)):
+
+        def run(desc: Any, run: Any = manager.run_fullgraph, seen: list[str] = seen) -> Any:
+            seen.append(desc.cg_mode.name)
+            return run(desc)
+
+        manager.run_fullgraph = run
+    for limits in ((0, 0, 0), (0, 1, NUM_SPECULATIVE_TOKENS)):
+        modes.clear()
+        replays.clear()
+        sampling = [
+            SamplingParams(
+                max_tokens=8,
+                ignore_eos=True,
+                temperature=0.0,
+                extra_args={"layerskip": {"num_speculative_tokens": limit}},
+            )
+            for limit in limits
+        ]
+        prompts = [{"prompt_token_ids": [2 + index, 3, 4]} for index in range(len(limits))]
+        llm.generate(prompts, sampling, use_tqdm=False)
+        # Each step after that of the prompts takes one token a request at least.
+        assert len(modes) >= 7, f"{limits}: the target ran {len(modes)} steps in full graphs"
+        assert bool(replays) == any(limits), f"{limits}: {len(replays)} draft steps"
 
 
 def _allow_copies_of_the_stand_in() -> None:
