@@ -18,7 +18,7 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from layerskip_vllm.hooks.install import check
+from layerskip_vllm.hooks.install import check, find_needed
 from layerskip_vllm.hooks.vllm_source import (
     ANY,
     SUPPORTED_VLLM_VERSIONS,
@@ -109,7 +109,7 @@ def read_version(root: Path | None) -> str | None:
 
 def report_entries(digests: DigestTable, root: Path) -> bool:
     """Print which entries of the ledger still fit."""
-    needed = [entry for entry in LEDGER if digests.get(entry.name, {}) is not None]
+    needed = find_needed(LEDGER, digests)
     problems = {entry.name: check(entry, digests, root) for entry in needed}
     print(f"\nHooks and uses: {list(problems.values()).count([])} of {len(needed)} fit")
     for name, found in problems.items():

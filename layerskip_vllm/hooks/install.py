@@ -136,6 +136,11 @@ def check_version(version: str, is_check_skipped: bool = False) -> None:
     )
 
 
+def find_needed(entries: Sequence[Entry], digests: DigestTable) -> list[Entry]:
+    """Leave out the entries whose digests are null: that version does not need them."""
+    return [entry for entry in entries if digests.get(entry.name, {}) is not None]
+
+
 def install(entries: Sequence[Entry], digests: DigestTable) -> None:
     """Check all of `entries`, then arm the hooks among them; a second call does nothing.
 
@@ -144,8 +149,7 @@ def install(entries: Sequence[Entry], digests: DigestTable) -> None:
     patched only when its module is imported makes that import, and every later one, fail in the
     same way.
     """
-    # An entry whose digests are null is not needed in this version.
-    needed = [entry for entry in entries if digests.get(entry.name, {}) is not None]
+    needed = find_needed(entries, digests)
     hooks = [entry for entry in needed if isinstance(entry, Hook)]
     pending = [hook for hook in hooks if hook_state(hook) in ("not installed", "refused")]
     if hooks and not pending:

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from layerskip_vllm import __version__, plugin
 from layerskip_vllm.checkpoint.weight_shares import estimate_shares, find_folder, read_shares
-from layerskip_vllm.hooks.install import Hook, HookError, check, hook_state
+from layerskip_vllm.hooks.install import Hook, HookError, check, find_needed, hook_state
 from layerskip_vllm.hooks.method_hooks import REGISTRY
 from layerskip_vllm.hooks.vllm_source import RIGHT_VLLM, read_digests
 from layerskip_vllm.tools.command_line import Command, Option
@@ -132,7 +132,7 @@ def examine_hooks(report: DoctorReport) -> None:
         is_registered = False
         report.problems.append(str(error))
     digests = read_digests(vllm.__version__)
-    for entry in plugin.entries_here():
+    for entry in find_needed(plugin.entries_here(), digests):
         problems, state = check(entry, digests), "checked"
         if is_registered and not problems and isinstance(entry, Hook):
             problems, state = _apply(entry)

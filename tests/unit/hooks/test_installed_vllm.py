@@ -13,19 +13,20 @@ import vllm
 
 from layerskip_vllm.hooks import install as hooks
 from layerskip_vllm.hooks import vllm_source
-from layerskip_vllm.hooks.install import Entry, Hook, HookError, check, install
+from layerskip_vllm.hooks.install import Entry, Hook, HookError, check, find_needed, install
 from layerskip_vllm.hooks.method_hooks import METHOD_HOOKS, REGISTRY
 from layerskip_vllm.plugin import LEDGER, SKIP_VERSION_CHECK, entries_here, register
 
 DIGESTS = vllm_source.read_digests(vllm.__version__)
-HOOKS = [entry for entry in LEDGER if isinstance(entry, Hook)]
+NEEDED = find_needed(LEDGER, DIGESTS)
+HOOKS = [entry for entry in NEEDED if isinstance(entry, Hook)]
 
 
 def name_of(entry: Entry) -> str:
     return entry.name.split(".")[-1]
 
 
-each_entry = pytest.mark.parametrize("entry", LEDGER, ids=name_of)
+each_entry = pytest.mark.parametrize("entry", NEEDED, ids=name_of)
 each_hook = pytest.mark.parametrize("hook", HOOKS, ids=name_of)
 
 
@@ -166,6 +167,11 @@ def test_registration_is_refused_when_a_target_is_not_the_expected_one(
     with pytest.raises(HookError, match=re.escape(hook.module)):
         install([hook], DIGESTS)
     assert hooks.hook_state(hook) == "refused"
+
+
+def test_entry_is_left_out_when_its_digests_are_null() -> None:
+    first, second = LEDGER[:2]
+    assert find_needed([first, second], {first.name: None}) == [second]
 
 
 def test_registration_is_refused_when_the_version_is_another(
