@@ -26,9 +26,12 @@ def register():
     threading.Thread(target=report, daemon=True).start()
 
 def report():
-    from layerskip_vllm.hooks.install import Hook, hook_state
+    import vllm
+    from layerskip_vllm.hooks.install import Hook, find_needed, hook_state
+    from layerskip_vllm.hooks.vllm_source import read_digests
     from layerskip_vllm.plugin import LEDGER
-    hooks = [entry for entry in LEDGER if isinstance(entry, Hook)]
+    needed = find_needed(LEDGER, read_digests(vllm.__version__))
+    hooks = [entry for entry in needed if isinstance(entry, Hook)]
     file = Path(os.environ["VLLM_TEST_PROBE"]) / f"{os.getpid()}.json"
     while True:
         states = {hook.target: hook_state(hook) for hook in hooks}
