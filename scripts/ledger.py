@@ -244,7 +244,8 @@ so that either can become the other by adding fields:
 
 - **The same**: `register_speculative_method(name, SpeculativeMethodSpec(...))` with all by keyword;
   `speculator_cls`, Model Runner V2's drafter as "module:Class", made from `(vllm_config, device)`;
-  and that hooks into a step are methods of `BaseSpeculator` (`prepare_sampling`).
+  and that hooks into a step are methods of `BaseSpeculator` (`prepare_sampling`, and
+  `prepare_target_graphs` before graphs are captured).
 - **Another way to a configuration**: there, `configure(config)` completes a `SpeculativeConfig`,
   whose `method_config` is an opaque dict. Here, `create_config(args, ...)` makes a subclass: what
   layerskip refuses depends on the engine's arguments, such as a scheduler class, and its settings
@@ -257,8 +258,8 @@ so that either can become the other by adding fields:
 - **Not here**: `uses_target_hidden_states`, `uses_aux_hidden_states` and
   `linear_attn_verify_extension`. Layerskip drafts from tokens, over the target's own KV cache.
 - **Only here**: `proposer_cls`, the drafter of Model Runner V1, which is what runs on CPUs; and
-  `add_cli_args`, `fold_cli_args`, `check_request` and `publish_info` for flags, for what a request
-  may ask for, and for metrics.
+  `add_cli_args`, `fold_cli_args`, `check_request`, `publish_info` and `after_weights_change` for
+  flags, for what a request may ask for, for metrics, and for what is copied of weights.
 
 Where vLLM has a registry without `create_config`, the plugin stays with its hooks.
 """
@@ -272,12 +273,18 @@ _SECTIONS = (
 
 def write_page() -> str:
     """Write the ledger as Markdown: an entry for each hook, then for each module that uses vLLM."""
-    versions, newest = ", ".join(SUPPORTED_VLLM_VERSIONS), SUPPORTED_VLLM_VERSIONS[-1]
-    digests = read_digests(newest)
+    versions, newest = " and ".join(SUPPORTED_VLLM_VERSIONS), SUPPORTED_VLLM_VERSIONS[-1]
+    # Of what the newest does not need, those of the version before it.
+    digests = {
+        name: relied_on
+        for version in SUPPORTED_VLLM_VERSIONS
+        for name, relied_on in read_digests(version).items()
+        if relied_on is not None
+    }
     parts = [_INTRODUCTION.format(versions=versions, registry=REGISTRY, newest=newest)]
     for title, entries in _SECTIONS:
         parts.append(f"\n## {title}\n")
-        parts += [_write_entry(entry, digests.get(entry.name) or {}) for entry in entries]
+        parts += [_write_entry(entry, digests.get(entry.name, {})) for entry in entries]
     return "".join(parts)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +11,6 @@ from vllm.config import VllmConfig
 from vllm.lora.layers import LoRAMapping, LoRAMappingType
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.request import LoRARequest
-from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 
@@ -75,38 +73,3 @@ class DraftLoRA(LoRAModelRunnerMixin):
 def make_draft_lora(vllm_config: VllmConfig, target: Any) -> DraftLoRA | None:
     """Make a `DraftLoRA` where the engine serves adapters."""
     return None if vllm_config.lora_config is None else DraftLoRA(vllm_config, target)
-
-
-def set_kernel_metadata(meta: Any, slots: np.ndarray) -> None:
-    """Set what vLLM's LoRA kernels read, from the host.
-
-    Differs from `LoRAKernelMeta.prepare_tensors`, which asks the device what the host knows, and
-    waits for the answer.
-
-    Args:
-        meta: vLLM's `LoRAKernelMeta`; its buffers are written.
-        slots: `[num_rows] int32`, the slot of each row's adapter, -1 for none.
-    """
-    ids, counts = np.unique(slots, return_counts=True)
-    is_without = bool((ids == -1).all())
-    if is_without:
-        ids, counts = ids[:0], counts[:0]
-    active = np.full(len(meta.active_lora_ids), -1, np.int32)
-    active[: len(ids)] = ids
-    num_rows = np.zeros(len(meta.num_tokens_per_lora), np.int32)
-    num_rows[: len(ids)] = counts
-    starts = np.zeros(len(meta.lora_token_start_loc), np.int32)
-    starts[1 : len(ids) + 1] = counts.cumsum()
-    async_tensor_h2d(active, out=meta.active_lora_ids)
-    async_tensor_h2d(num_rows, out=meta.num_tokens_per_lora)
-    async_tensor_h2d(starts, out=meta.lora_token_start_loc)
-    meta.no_lora_flag_cpu[0] = is_without
-    captured = meta.captured_lora_counts
-    case = bisect.bisect_left(captured, len(ids))
-    is_captured = len(ids) > 0 and case < len(captured)
-    meta.num_active_loras_cpu[0] = captured[case] if is_captured else len(ids)
-    if is_without:
-        return
-    order = slots.argsort(kind="stable").astype(np.int32)
-    async_tensor_h2d(slots, out=meta.token_lora_mapping[: len(slots)])
-    async_tensor_h2d(order, out=meta.token_indices_sorted_by_lora_ids[: len(slots)])

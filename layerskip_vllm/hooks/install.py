@@ -60,6 +60,11 @@ class Entry:
         return self.relies_on
 
 
+# What `Entry.process` says of a worker's.
+V1_WORKER = "each worker with Model Runner V1"
+V2_WORKER = "each worker with Model Runner V2"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hook(Entry):
     """One attribute of vLLM that is replaced."""

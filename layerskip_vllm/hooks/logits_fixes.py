@@ -27,7 +27,6 @@ LOGITS_FIXES: list[install.Hook] = []
 _fix = functools.partial(install.hook, LOGITS_FIXES)
 
 _REJECTION = "vllm.v1.sample.rejection_sampler"
-_V1_WORKER = "each worker with Model Runner V1"
 
 
 @_fix(
@@ -58,7 +57,7 @@ def _validate_spec_decode(original: Any) -> Any:
     ),
     why="on Model Runner V1, `min_p` and `logit_bias` reach the sampler beside drafts",
     reason="With speculation vLLM builds what applies `min_tokens` alone.",
-    process=_V1_WORKER,
+    process=install.V1_WORKER,
     remove_when="with the hook on `SamplingParams._validate_spec_decode`, or with V1",
 )
 def _build_logitsprocs(original: Any) -> Any:
@@ -91,7 +90,7 @@ def _build_logitsprocs(original: Any) -> Any:
     relies_on=("vllm.v1.sample.logits_processor.builtin:LogitBiasLogitsProcessor",),
     why="on Model Runner V1, `logit_bias` holds for each token that is verified",
     reason="vLLM's processor adds it to one row a request, which is the token after a draft.",
-    process=_V1_WORKER,
+    process=install.V1_WORKER,
     remove_when="with the hook on `SamplingParams._validate_spec_decode`, or with V1",
 )
 def _apply_logits_processors(original: Any) -> Any:
@@ -150,7 +149,7 @@ def _add_biases(
     ),
     why="on Model Runner V1, `min_p` holds for each token that is verified",
     reason="vLLM's processor has one row a request. It comes between temperature and `top_p`.",
-    process=_V1_WORKER,
+    process=install.V1_WORKER,
     remove_when="with the hook on `SamplingParams._validate_spec_decode`, or with V1",
 )
 def _apply_sampling_constraints(original: Any) -> Any:

@@ -31,9 +31,6 @@ _REJECTION = "vllm.v1.sample.rejection_sampler:RejectionSampler"
 _V2_SAMPLER = "vllm.v1.worker.gpu.sample.sampler:Sampler"
 _V2_REJECTION = "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler"
 
-_V1_WORKER = "each worker with Model Runner V1"
-_V2_WORKER = "each worker with Model Runner V2"
-
 Gather = Callable[..., "LogprobsTensors"]
 
 
@@ -43,7 +40,7 @@ Gather = Callable[..., "LogprobsTensors"]
     why="on Model Runner V1, `logprob_token_ids` of one request leave the others their `logprobs`",
     reason="vLLM returns those of the ids alone, for all requests of the step, also without "
     "drafts.",
-    process=_V1_WORKER,
+    process=install.V1_WORKER,
     upstream="not reported yet; 0.33 names it where it refuses beams",
     remove_when="V1 gathers by request, or is dropped",
 )
@@ -71,7 +68,7 @@ def _forward(original: Any) -> Any:
     why="on Model Runner V1, `logprob_token_ids` of a request that drafts do not end the engine",
     reason="The token after a draft is sampled first, and all its logits are asked for; "
     "`logprob_token_ids` has those of the ids returned in their stead, which do not fit.",
-    process=_V1_WORKER,
+    process=install.V1_WORKER,
     upstream="not reported yet",
     remove_when="V1's rejection sampler returns `logprob_token_ids`, or V1 is dropped",
 )
@@ -168,7 +165,7 @@ def _gather_by_request(
     why="on Model Runner V2, a request's `logprob_token_ids` are returned for drafts too",
     reason="Where a step verifies drafts, vLLM returns the likeliest tokens in their stead, or "
     "nothing.",
-    process=_V2_WORKER,
+    process=install.V2_WORKER,
     upstream="not reported yet; 0.33 names it where it refuses beams",
     remove_when="V2's rejection sampler returns `logprob_token_ids`",
 )
@@ -233,7 +230,7 @@ def _scoring(sampler: Any, input_batch: InputBatch, num_logprobs: int, num_ids: 
     target=f"{_V2_SAMPLER}.get_logprobs_dims",
     why="on Model Runner V2, ranks that share out sampling return them for drafts too",
     reason="With `enable_batch_sharded_sampling` they agree on how much a row holds.",
-    process=_V2_WORKER,
+    process=install.V2_WORKER,
     remove_when=f"with the hook on `{_V2_REJECTION}._verify_in_chunks`",
 )
 def _get_logprobs_dims(original: Any) -> Any:

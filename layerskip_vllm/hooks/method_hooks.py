@@ -237,7 +237,7 @@ def _update_after_schedule(original: Any) -> Any:
     why="Model Runner V1 drafts with a `LayerSkipProposer`",
     reason="The runner picks its drafter from a fixed list, and asks `isinstance(drafter, "
     "DraftModelProposer)` later on.",
-    process="each worker with Model Runner V1",
+    process=install.V1_WORKER,
     upstream="[vllm#37399](https://github.com/vllm-project/vllm/pull/37399), closed: V1 is "
     "deprecated",
     remove_when="vLLM drops Model Runner V1, or with `proposer_cls` of the registry in the diff",
@@ -267,7 +267,7 @@ def _new_proposer(original: None) -> Any:
     why="Model Runner V2 drafts with a `LayerSkipSpeculator`",
     reason="Its drafters are a fixed list too. `GPUModelRunner.initialize_kv_cache` keeps draft "
     "layers out of the target's checks.",
-    process="each worker with Model Runner V2",
+    process=install.V2_WORKER,
     upstream="[vllm#36219](https://github.com/vllm-project/vllm/issues/36219), open",
     remove_when="V2 takes drafters from a registry; `speculator_cls` of the one in the diff",
 )
@@ -298,7 +298,7 @@ def _init_speculator(original: Any) -> Any:
     why="on Model Runner V2, steps in which requests draft less than K stay in full CUDA graphs",
     reason="vLLM captures them for K + 1 tokens a request. Graphs for any mix of tokens it "
     "captures for adaptive verification alone.",
-    process="each worker with Model Runner V2",
+    process=install.V2_WORKER,
     upstream="not reported yet",
     remove_when="vLLM captures them wherever the attention backend can; without this such steps "
     "run in piecewise graphs; `BaseSpeculator.prepare_target_graphs` in the diff",
@@ -329,7 +329,7 @@ def _initialize_kv_cache(original: Any) -> Any:
     "request. An adapter of the head is then missing in the other rows, or another request's is in "
     "them; on a CPU the shapes do not fit and the engine ends. Every speculative method on V2 has "
     "this; the hook serves layerskip alone, whose drafter takes the requests' adapters from here.",
-    process="each worker with Model Runner V2",
+    process=install.V2_WORKER,
     upstream="not reported yet",
     remove_when="V2 maps as many rows as it verifies, as V1 does, and gives drafters its LoRA "
     "state; `BaseSpeculator.prepare_sampling` in the diff",

@@ -7,12 +7,10 @@ only what it touches on vLLM's objects.
 
 from __future__ import annotations
 
-from layerskip_vllm.hooks.install import Use
+from layerskip_vllm.hooks.install import V1_WORKER, V2_WORKER, Use
 
 _V1_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _WORKER = "each worker"
-_V1_WORKER = "each worker with Model Runner V1"
-_V2_WORKER = "each worker with Model Runner V2"
 
 _REGISTRY = "vLLM takes drafters from outside, through an interface that it keeps"
 
@@ -51,7 +49,7 @@ USES = (
         why="`LayerSkipProposer` is V1's `DraftModelProposer`, over the target's own KV cache",
         reason="The runner stops a whole batch from drafting when one request comes near the end "
         "of its context; this drafter leaves out that request alone.",
-        process=_V1_WORKER,
+        process=V1_WORKER,
         how="Overrides how a draft is made, loaded and sampled. Sets the runner's "
         "`effective_drafter_max_model_len` past the context's end, reads its block tables, "
         "`requests` and `discard_request_mask`, and makes the metadata of draft steps of the "
@@ -67,7 +65,7 @@ USES = (
             "vllm.v1.worker.block_table:BlockTable.block_size",
         ),
         why="V1's draft steps write to slots of the target's KV cache",
-        process=_V1_WORKER,
+        process=V1_WORKER,
         how="Looks up a draft's slots in the runner's block tables, all steps at once; those that "
         "are `PAD_SLOT_ID` are not written.",
         remove_when="vLLM drops Model Runner V1",
@@ -79,7 +77,7 @@ USES = (
             "vllm.v1.worker.gpu.lora_utils:LoraState",
         ),
         why="`LayerSkipSpeculator` is V2's `DraftModelSpeculator`, over the target's own KV cache",
-        process=_V2_WORKER,
+        process=V2_WORKER,
         how="Overrides how a draft is made and captured, and names no layers of its own to the "
         "runner, which would take them out of the target's checks.",
         upstream="[vllm#36219](https://github.com/vllm-project/vllm/issues/36219), open",
@@ -93,7 +91,7 @@ USES = (
         ),
         why="`DraftCudaGraphs` are vLLM's graphs of draft steps",
         reason="vLLM's drafts have no adapters.",
-        process=_V2_WORKER,
+        process=V2_WORKER,
         how="Has each captured with as many adapters in use as it will be run with.",
         remove_when="vLLM captures drafts with adapters",
     ),
@@ -101,7 +99,7 @@ USES = (
         module="layerskip_vllm.drafting.target_graphs",
         relies_on=("vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager",),
         why="the target's full graphs take requests that draft less than K",
-        process=_V2_WORKER,
+        process=V2_WORKER,
         how="Sets `varlen_decode` of the runner's `ModelCudaGraphManager`, and has it choose its "
         "graphs anew, where vLLM's own check for adaptive verification finds nothing against it.",
         remove_when="vLLM captures such graphs without adaptive verification",
@@ -109,7 +107,7 @@ USES = (
     Use(
         module="layerskip_vllm.drafting.kernels",
         why="the kernels between V2's draft steps write the runner's buffers",
-        process=_V2_WORKER,
+        process=V2_WORKER,
         how="Writes `InputBuffers`.",
         remove_when=_REGISTRY,
     ),

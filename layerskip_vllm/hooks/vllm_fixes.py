@@ -1,6 +1,6 @@
 """The hooks that fix vLLM itself, for every speculative method; nothing here knows layerskip.
 
-Each is a bug that would make drafts wrong, or end the engine. `plugin` installs them in every
+Each is a bug that makes drafts wrong or slow, or ends the engine. `plugin` installs them in every
 process, also where vLLM has a registry of speculative methods.
 """
 
@@ -88,7 +88,7 @@ _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
     reason="A token is sampled after each part of a prompt and dropped; afterwards the seed's "
     "generator is set back by what one draw takes on a GPU. A generator on a CPU cannot be set "
     "back, which ends the engine, also without drafts; and probabilistic drafts draw more often.",
-    process="each worker with Model Runner V1",
+    process=install.V1_WORKER,
     upstream="not reported yet",
     remove_when="V1 draws from no seed for tokens that it drops, or is dropped itself",
 )
@@ -110,7 +110,7 @@ def _sample(original: Any) -> Any:
     target=f"{_RUNNER}._bookkeeping_sync",
     relies_on=(f"{_RUNNER}.requests",),
     why="the generators that were taken out of the batch are back in the next step",
-    process="each worker with Model Runner V1",
+    process=install.V1_WORKER,
     upstream="not reported yet",
     remove_when=f"with the hook on `{_RUNNER}._sample`",
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
 
-from layerskip_vllm.drafting.lora import set_kernel_metadata
+from layerskip_vllm.hooks.lora_fixes import set_kernel_metadata
 
 
 @pytest.mark.parametrize("captured", [[], [1, 2, 4, 5]])
