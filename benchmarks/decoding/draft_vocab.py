@@ -13,26 +13,23 @@ import json
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from benchmarks.decoding.engines import Measurement
+from benchmarks.decoding.engines import Measurement, run_engines
 from benchmarks.decoding.speedup import MARGIN_TOKENS, NUM_WARM_UP_TOKENS, prepare_checkpoint
 from benchmarks.decoding.speedup_report import BYTES_PER_WEIGHT
 from benchmarks.decoding.synthetic_checkpoint import DEFAULT_FOLDER, PRESETS, make_prompts
 from benchmarks.decoding.weight_counts import count_weights
 from layerskip_vllm.checkpoint.draft_vocab import DraftVocab, save_draft_vocab
-from layerskip_vllm.tools.engine_process import EngineProcess
-from layerskip_vllm.tools.hardware import describe_hardware, list_gpu_names
+from layerskip_vllm.tools.hardware import describe_hardware
 from layerskip_vllm.tools.output import make_console, write_json
 from layerskip_vllm.tools.speedup_bound import bound_speedup
 
 OUTPUT_FOLDER = Path("benchmark-output/draft-vocab")
-ENGINES = "benchmarks.decoding.engines"
 
 
 @dataclass(frozen=True)
@@ -105,32 +102,29 @@ def main() -> None:
     prompts = make_prompts(spec.vocab_size, num_prompts, options.num_prompt_tokens, options.seed)
     results: dict[int, dict[HeadSize, list[Measurement]]] = {}
     head_bytes: dict[HeadSize, int] = {}
-    with _run_engine(options, str(checkpoint.folder.resolve())) as process:
-
-        def run(batch: list[list[int]], max_tokens: int) -> Measurement:
-            measurement: Measurement
-            measurement, _ = process.run(f"{ENGINES}:run_round", batch, max_tokens, 0.0)
-            return measurement
-
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    engine_args = _engine_args(options, str(checkpoint.folder.resolve()))
+    with run_engines({"draft-vocab": engine_args}, options.output) as (engine,):
         # The texts are the same for every head, as they are the target's.
+        largest = max(options.batch_sizes)
         texts = [
             text
-            for start in range(0, num_prompts, max(options.batch_sizes))
-            for text in run(
-                prompts[start : start + max(options.batch_sizes)], options.max_tokens
+            for start in range(0, num_prompts, largest)
+            for text in engine.run_round(
+                prompts[start : start + largest], options.max_tokens, 0.0
             ).tokens
         ]
         files = _write_draft_vocabs(options, texts, spec.vocab_size)
         for batch_size in options.batch_sizes:
             by_head = results.setdefault(batch_size, {head: [] for head in files})
             for head, file in files.items():
-                head_bytes[head] = process.run(f"{__spec__.name}:use_draft_vocab", file)
-                run(prompts[:batch_size], NUM_WARM_UP_TOKENS)
+                head_bytes[head] = engine.call(f"{__spec__.name}:use_draft_vocab", file)
+                engine.run_round(prompts[:batch_size], NUM_WARM_UP_TOKENS, 0.0)
             for repeat in range(options.repeats):
                 batch = prompts[repeat * batch_size : (repeat + 1) * batch_size]
                 for head, file in files.items():
-                    process.run(f"{__spec__.name}:use_draft_vocab", file)
-                    by_head[head].append(run(batch, options.max_tokens))
+                    engine.call(f"{__spec__.name}:use_draft_vocab", file)
+                    by_head[head].append(engine.run_round(batch, options.max_tokens, 0.0))
     lines = [
         line
         for batch_size, by_head in results.items()
@@ -174,17 +168,9 @@ def parse_args() -> argparse.Namespace:
     return options
 
 
-@contextmanager
-def _run_engine(options: argparse.Namespace, model: str) -> Iterator[EngineProcess]:
-    """Load the one engine in a process of its own."""
-    env = {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
-    }
-    if not list_gpu_names():  # vLLM would leave one thread to an engine in its caller's process
-        env.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-    arguments = {
+def _engine_args(options: argparse.Namespace, model: str) -> dict[str, Any]:
+    """Return what `LLM` gets."""
+    return {
         "model": model,
         "skip_tokenizer_init": True,
         "dtype": options.dtype,
@@ -199,10 +185,6 @@ def _run_engine(options: argparse.Namespace, model: str) -> Iterator[EngineProce
             "num_speculative_tokens": options.num_speculative_tokens,
         },
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    with EngineProcess("draft-vocab", options.output / "engine.log", env) as process:
-        process.run(f"{ENGINES}:load", arguments)
-        yield process
 
 
 def _write_draft_vocabs(

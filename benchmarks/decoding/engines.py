@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerskip_vllm.tools.engine_process import EngineProcess
 from layerskip_vllm.tools.float32 import float32_env
+from layerskip_vllm.tools.hardware import list_gpu_names
 from layerskip_vllm.tools.server.metrics import SpecDecodeCounters
 
 if TYPE_CHECKING:
@@ -228,6 +229,10 @@ class Engine:
         )
         return times
 
+    def call(self, job: str, *args: Any) -> Any:
+        """Call a function of the caller's there, `module:name`."""
+        return self._process.run(job, *args)
+
     def _update(self, facts: Facts) -> None:
         if captured := _CAPTURED.search(self._process.log):
             seconds, gib = captured.groups()
@@ -262,6 +267,8 @@ def run_engines(
         "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(is_engine_process)),
         "VLLM_LOGGING_LEVEL": "INFO",  # it has what the CUDA graphs took
     }
+    if not list_gpu_names():  # vLLM would leave one thread to an engine in its caller's process
+        env.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     with contextlib.ExitStack() as stack:
         engines = []
         for system, arguments in engine_args.items():

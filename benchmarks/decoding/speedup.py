@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -51,9 +50,6 @@ _LEAST = {"repeats": 1, "num_prompt_tokens": 1, "max_tokens": 2, "num_speculativ
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints the table and returns the exit status."""
     options = parse_options(arguments)
-    if not list_gpu_names():
-        # vLLM would leave one thread to an engine in its caller's process. Set before any starts.
-        os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     spec, checkpoint = prepare_checkpoint(options)
     counts = count_weights(json.loads((checkpoint.folder / "config.json").read_text()))
     engine_args = {
