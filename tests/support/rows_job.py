@@ -1,6 +1,8 @@
-"""Runs in a child of `engine_process`: how many rows a draft step has."""
+"""Runs in a child of `engine_process`: how many rows a draft step has, and which of them draft."""
 
 from __future__ import annotations
+
+from vllm.forward_context import get_forward_context
 
 from tests.support.child_engines import engine
 from tests.support.jobs import Server
@@ -15,3 +17,23 @@ def serve_and_count_rows(scenario: Scenario) -> tuple[Report, set[int]]:
         rows = set()
         model.register_forward_pre_hook(lambda _, inputs: rows.add(len(inputs[0])))
         return server.run(), rows
+
+
+def serve_and_see_padding(scenario: Scenario) -> tuple[Report, list[tuple[list[bool], list[bool]]]]:
+    """Serve a scenario on V2; of each draft step, which rows draft and which are called padding.
+
+    The second is what a mixture of experts leaves out.
+    """
+    with engine(scenario) as llm:
+        server = Server(llm, scenario)
+        worker = server.core.model_executor.driver_worker.worker
+        speculator = worker.model_runner.speculator
+        steps = []
+
+        def see(_: object, inputs: tuple[object, ...]) -> None:
+            drafts = speculator.idx_mapping >= 0
+            is_padding = get_forward_context().is_padding
+            steps.append((drafts[: len(is_padding)].tolist(), is_padding.tolist()))
+
+        speculator.model.register_forward_pre_hook(see)
+        return server.run(), steps
