@@ -20,9 +20,10 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.decoding.engines import Measurement, run_engines
-from benchmarks.decoding.speedup import MARGIN_TOKENS, NUM_WARM_UP_TOKENS, prepare_checkpoint
+from benchmarks.decoding.speedup import NUM_WARM_UP_TOKENS, prepare_checkpoint
 from benchmarks.decoding.speedup_report import BYTES_PER_WEIGHT
 from benchmarks.decoding.synthetic_checkpoint import DEFAULT_FOLDER, PRESETS, make_prompts
+from benchmarks.decoding.systems import MARGIN_TOKENS
 from benchmarks.decoding.weight_counts import count_weights
 from layerskip_vllm.checkpoint.draft_vocab import DraftVocab, save_draft_vocab
 from layerskip_vllm.tools.hardware import describe_hardware

@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.decoding.engines import Engine, Measurement, StepTimes, run_engines
 from benchmarks.decoding.speedup_report import (
@@ -35,15 +34,19 @@ from benchmarks.decoding.synthetic_checkpoint import (
     make_shape,
     read_checkpoint,
 )
+from benchmarks.decoding.systems import (
+    MARGIN_TOKENS,
+    SYSTEMS,
+    find_loads,
+    make_engine_args,
+    parse_system,
+)
 from benchmarks.decoding.weight_counts import count_weights
 from layerskip_vllm.tools.hardware import list_gpu_names
 from layerskip_vllm.tools.output import make_console, write_json
 
-SYSTEMS = ("plain", "layerskip", "draft_model", "ngram")
 LOG_FOLDER = Path("benchmark-output/logs")
 NUM_WARM_UP_TOKENS = 24
-MARGIN_TOKENS = 64  # room for drafts past the end of a text
-_BLOCK_TOKENS = 128  # of the KV cache, the most that a platform takes by default
 _LEAST = {"repeats": 1, "num_prompt_tokens": 1, "max_tokens": 2, "num_speculative_tokens": 1}
 
 
@@ -106,7 +109,14 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--num-long-prompt-tokens", type=int, help="one request at a time has such a prompt, too"
     )
     parser.add_argument("--max-tokens", type=int, help="tokens a text (default: 128, on a GPU 512)")
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument(
+        "--systems",
+        nargs="+",
+        type=parse_system,
+        default=list(SYSTEMS),
+        help="layerskip may have speed settings after it: layerskip+auto+draft_vocab",
+    )
+    parser.add_argument("--draft-vocab", type=Path, help="the file for systems with +draft_vocab")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--dtype", choices=sorted(BYTES_PER_WEIGHT), default="bfloat16")
     parser.add_argument(
@@ -153,20 +163,18 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             f"The longest prompt and --max-tokens are {longest} and {options.max_tokens} tokens; "
             f"together they must be at most {MAX_POSITIONS - MARGIN_TOKENS}."
         )
+    needs_draft_vocab = any("+draft_vocab" in system for system in options.systems)
+    if needs_draft_vocab and options.draft_vocab is None and not options.is_acceptance_given:
+        raise ValueError(
+            "--systems has +draft_vocab, but --draft-vocab is not given; give a file that "
+            "`layerskip-vllm draft-vocab` wrote."
+        )
     is_enough = {"plain", "layerskip", "draft_model"} <= set(options.systems)
     if options.check and not (is_enough and 1 in options.batch_sizes):
         raise ValueError(
             "--check needs batch size 1 and the systems plain, layerskip, draft_model."
         )
     return options
-
-
-def find_loads(options: argparse.Namespace) -> list[Load]:
-    """Return what is measured: every batch size, and a long prompt if there is to be one."""
-    loads = [Load(batch_size, options.num_prompt_tokens) for batch_size in options.batch_sizes]
-    if options.num_long_prompt_tokens:
-        loads.append(Load(1, options.num_long_prompt_tokens))
-    return loads
 
 
 def prepare_checkpoint(options: argparse.Namespace) -> tuple[SyntheticSpec, SyntheticCheckpoint]:
@@ -186,66 +194,6 @@ def prepare_checkpoint(options: argparse.Namespace) -> tuple[SyntheticSpec, Synt
     command += ["--folder", str(options.checkpoints)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return spec, read_checkpoint(options.checkpoints / spec.name())
-
-
-def make_engine_args(
-    system: str, options: argparse.Namespace, checkpoint: SyntheticCheckpoint
-) -> dict[str, Any]:
-    """Return what `LLM` gets: the same for all systems but for the speculative configuration."""
-    drafts: dict[str, Any] = {"num_speculative_tokens": options.num_speculative_tokens}
-    given = {
-        "rejection_sample_method": "synthetic",
-        "synthetic_acceptance_length": 1 + options.num_speculative_tokens * options.acceptance,
-    }
-    if options.is_acceptance_given and system != "ngram":
-        drafts |= given
-    speculative_config: dict[str, Any] | None = {
-        "plain": None,
-        "layerskip": {"method": "layerskip", "exit_layer": options.exit_layer, **drafts},
-        "draft_model": {
-            "method": "draft_model",
-            "model": str(checkpoint.draft_folder.resolve()),
-            **drafts,
-        },
-        "ngram": {"method": "ngram", "prompt_lookup_max": 4, **drafts},
-    }[system]
-    return {
-        "model": str(checkpoint.folder.resolve()),
-        "load_format": "dummy" if options.dummy_weights else "auto",
-        "skip_tokenizer_init": True,
-        "dtype": options.dtype,
-        "max_model_len": max(count_text_tokens(options, load) for load in find_loads(options)),
-        "max_num_seqs": max(options.batch_sizes),
-        "kv_cache_memory_bytes": count_kv_bytes(options),
-        # With the bytes given, no more than what a GPU must have free when the engine starts, which
-        # is little beside what the others have taken by then.
-        "gpu_memory_utilization": 0.05,
-        "enforce_eager": options.enforce_eager,
-        "enable_prefix_caching": False,
-        "disable_log_stats": False,
-        "speculative_config": speculative_config,
-    }
-
-
-def count_kv_bytes(options: argparse.Namespace) -> int:
-    """Return the KV cache that each engine gets: what the texts need, with a draft model's."""
-    if options.kv_cache_gib is not None:
-        return int(options.kv_cache_gib * 2**30)
-    spec = PRESETS[options.preset]
-    num_layers: int = spec.num_layers + options.exit_layer
-    layer_bytes = 2 * spec.num_kv_heads * spec.head_dim * BYTES_PER_WEIGHT[options.dtype]
-    num_blocks = max(
-        load.batch_size * -(-count_text_tokens(options, load) // _BLOCK_TOKENS)
-        for load in find_loads(options)
-    )
-    return (
-        (num_blocks + 1) * _BLOCK_TOKENS * num_layers * layer_bytes
-    )  # vLLM keeps a block for itself
-
-
-def count_text_tokens(options: argparse.Namespace, load: Load) -> int:
-    """Return the context that a text of a load needs, drafts past its end included."""
-    return int(load.num_prompt_tokens + options.max_tokens + MARGIN_TOKENS)
 
 
 def time_engines(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from matplotlib.figure import Figure
 from layerskip_vllm.tools.chart_style import INK, LAYERSKIP, MUTED, PLAIN, style_axes
 
 _COLORS = {"layerskip": LAYERSKIP, "draft_model": MUTED, "ngram": PLAIN}
+# Of layerskip with speed settings.
+_OWN_COLORS = ("#14b8a6", "#0891b2", "#2563eb", "#7c3aed", "#c026d3")
 
 
 def make_speedup_figure(tables: Mapping[str, Sequence[Mapping[str, Any]]], hardware: str) -> Figure:
@@ -34,15 +37,17 @@ def make_speedup_figure(tables: Mapping[str, Sequence[Mapping[str, Any]]], hardw
 
 def _draw_speedups(axes: Axes, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
     loads = list(dict.fromkeys(_name_load(line) for line in lines))
-    systems = [system for system in _COLORS if any(line["system"] == system for line in lines)]
+    systems = list(dict.fromkeys(line["system"] for line in lines if line["system"] != "plain"))
+    own = [system for system in systems if system not in _COLORS]
+    colors = _COLORS | dict(zip(own, itertools.cycle(_OWN_COLORS), strict=False))
     width = 0.8 / max(1, len(systems))
     for index, system in enumerate(systems):
-        own = {_name_load(line): line for line in lines if line["system"] == system}
-        places = [loads.index(load) + (index - (len(systems) - 1) / 2) * width for load in own]
-        values = [line["speedup"] for line in own.values()]
-        bars = axes.bar(places, values, width=0.92 * width, color=_COLORS[system], label=system)
+        by_load = {_name_load(line): line for line in lines if line["system"] == system}
+        places = [loads.index(load) + (index - (len(systems) - 1) / 2) * width for load in by_load]
+        values = [line["speedup"] for line in by_load.values()]
+        bars = axes.bar(places, values, width=0.92 * width, color=colors[system], label=system)
         axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8, color=INK)
-        bounds = [(x, line["bound"]) for x, line in zip(places, own.values(), strict=True)]
+        bounds = [(x, line["bound"]) for x, line in zip(places, by_load.values(), strict=True)]
         for x, bound in bounds:
             if bound is not None:
                 axes.hlines(bound, x - width / 2, x + width / 2, color=INK, linewidth=1)

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 DEFAULT_FOLDER = Path("benchmark-output/checkpoints")
 REPORT_NAME = "synthetic.json"
-# Checkpoints of another recipe are not reused: raise it when the weights change.
-RECIPE = 1
-MAX_POSITIONS = 4096
+# Checkpoints of another recipe are not reused: raise it when what is written changes.
+RECIPE = 2
+MAX_POSITIONS = 32768
 
 NUM_CALIBRATION_PROMPTS = 16
 NUM_PROMPT_TOKENS = 16

@@ -3,19 +3,22 @@
 import contextlib
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.decoding import engines, speedup
 from benchmarks.decoding.engines import Facts, Measurement, StepTimes
-from benchmarks.decoding.speedup import count_kv_bytes, make_engine_args, parse_options
+from benchmarks.decoding.speedup import parse_options
 from benchmarks.decoding.speedup_picture import make_speedup_figure
 from benchmarks.decoding.speedup_report import describe_run, make_engine_table, make_speedup_table
 from benchmarks.decoding.speedup_summary import Load, summarize
 from benchmarks.decoding.synthetic_checkpoint import PRESETS, make_shape
+from benchmarks.decoding.systems import count_kv_bytes, make_engine_args
 from benchmarks.decoding.timed_worker import TimedWorker
 from benchmarks.decoding.weight_counts import count_weights
+from layerskip_vllm.checkpoint.draft_vocab import read_draft_vocab
 from layerskip_vllm.tools.output import make_console
 from layerskip_vllm.tools.server.metrics import SpecDecodeCounters
 
@@ -68,6 +71,33 @@ def test_acceptance_is_given_when_a_gpu_has_drawn_the_weights(on_gpu, tmp_path):
     assert (
         json.loads((checkpoint.draft_folder / "config.json").read_text())["num_hidden_layers"] == 1
     )
+
+
+def test_layerskip_has_the_settings_that_its_name_says(on_gpu, tmp_path):
+    name = "layerskip+auto+draft_vocab+lookup+reuse"
+    options = parse_options(["--dummy-weights", "--preset", "tiny", "--systems", "plain", name])
+    args = make_engine_args(name, options, make_shape(PRESETS["tiny"], tmp_path))
+    settings = args["speculative_config"]
+    assert settings["num_speculative_tokens"] == "auto:4"
+    assert (settings["lookup"], settings["reuse_exit_states"]) == ("auto", "auto")
+    draft_vocab = read_draft_vocab(Path(settings["draft_vocab"]))
+    assert (draft_vocab.vocab_size, len(draft_vocab.token_ids)) == (1024, 256)
+    options.draft_vocab = tmp_path / "mine.json"
+    args = make_engine_args(name, options, make_shape(PRESETS["tiny"], tmp_path))
+    assert args["speculative_config"]["draft_vocab"] == str(options.draft_vocab)
+
+
+@pytest.mark.parametrize("name", ["plain+auto", "layerskip+fast", "eagle", "layerskip+"])
+def test_unknown_systems_are_refused_by_name(name, capsys):
+    with pytest.raises(SystemExit):
+        parse_options(["--systems", "plain", name])
+    assert f"{name!r} is no system" in capsys.readouterr().err
+
+
+def test_draft_vocab_is_asked_for_when_acceptance_hangs_on_it(monkeypatch):
+    monkeypatch.setattr(speedup, "list_gpu_names", list)
+    with pytest.raises(ValueError, match="--draft-vocab is not given"):
+        parse_options(["--systems", "plain", "layerskip+draft_vocab"])
 
 
 def test_peak_memory_is_the_workers_when_it_is_in_another_process():
