@@ -9,7 +9,6 @@ a model of any size is loaded once and the machine's moods hit all alike.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -97,10 +96,10 @@ _heads: dict[str | None, Any] = {}
 def main() -> None:
     """Measure, and print the table."""
     options = parse_args()
-    spec, checkpoint = prepare_checkpoint(options)
-    counts = count_weights(json.loads((checkpoint.folder / "config.json").read_text()))
+    checkpoint = prepare_checkpoint(options)
+    counts, vocab_size = count_weights(checkpoint.config), checkpoint.config["vocab_size"]
     num_prompts = max(options.batch_sizes) * options.repeats
-    prompts = make_prompts(spec.vocab_size, num_prompts, options.num_prompt_tokens, options.seed)
+    prompts = make_prompts(vocab_size, num_prompts, options.num_prompt_tokens, options.seed)
     results: dict[int, dict[HeadSize, list[Measurement]]] = {}
     head_bytes: dict[HeadSize, int] = {}
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
@@ -115,7 +114,7 @@ def main() -> None:
                 prompts[start : start + largest], options.max_tokens, 0.0
             ).tokens
         ]
-        files = _write_draft_vocabs(options, texts, spec.vocab_size)
+        files = _write_draft_vocabs(options, texts, vocab_size)
         for batch_size in options.batch_sizes:
             by_head = results.setdefault(batch_size, {head: [] for head in files})
             for head, file in files.items():
@@ -162,7 +161,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoints", type=Path, default=DEFAULT_FOLDER)
     parser.add_argument("--output", type=Path, default=OUTPUT_FOLDER)
-    parser.set_defaults(dummy_weights=False)  # drafts that are accepted need a model that says so
+    parser.set_defaults(
+        model=None, dummy_weights=False
+    )  # drafts that are accepted need a model that says so
     options = parser.parse_args()
     if options.exit_layer is None:
         options.exit_layer = PRESETS[options.preset].exit_layer

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,7 +28,6 @@ from benchmarks.decoding.synthetic_checkpoint import (
     MAX_POSITIONS,
     PRESETS,
     SyntheticCheckpoint,
-    SyntheticSpec,
     make_prompts,
     make_shape,
     read_checkpoint,
@@ -40,6 +38,11 @@ from benchmarks.decoding.systems import (
     find_loads,
     make_engine_args,
     parse_system,
+)
+from benchmarks.decoding.trained_checkpoint import (
+    cut_first_layers,
+    make_code_prompts,
+    read_settings,
 )
 from benchmarks.decoding.weight_counts import count_weights
 from layerskip_vllm.tools.hardware import list_gpu_names
@@ -53,13 +56,13 @@ _LEAST = {"repeats": 1, "num_prompt_tokens": 1, "max_tokens": 2, "num_speculativ
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints the table and returns the exit status."""
     options = parse_options(arguments)
-    spec, checkpoint = prepare_checkpoint(options)
-    counts = count_weights(json.loads((checkpoint.folder / "config.json").read_text()))
+    checkpoint = prepare_checkpoint(options)
+    counts = count_weights(checkpoint.config)
     engine_args = {
         system: make_engine_args(system, options, checkpoint) for system in options.systems
     }
     with run_engines(engine_args, LOG_FOLDER, options.engine_process) as engines:
-        results = time_engines(engines, options, spec.vocab_size)
+        results = time_engines(engines, options, checkpoint)
         step_times = time_all_steps(engines, options)
         facts = {engine.system: engine.facts for engine in engines}
     summaries = [
@@ -99,8 +102,18 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--preset", choices=sorted(PRESETS), help="default: cpu-0.6b, on a GPU gpu-1b"
     )
-    parser.add_argument("--exit-layer", type=int, help="E (default: a quarter of the layers)")
-    parser.add_argument("--num-speculative-tokens", type=int, default=4, metavar="K")
+    parser.add_argument(
+        "--model", type=Path, help="a trained checkpoint, in a preset's place; on held-out code"
+    )
+    parser.add_argument(
+        "--exit-layer", type=int, help="E (default: the checkpoint's, or a quarter of the layers)"
+    )
+    parser.add_argument(
+        "--num-speculative-tokens",
+        type=int,
+        metavar="K",
+        help="the most, with +auto (default: the checkpoint's, or 4)",
+    )
     parser.add_argument("--acceptance", type=float, default=0.72, help="of the checkpoint to make")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--repeats", type=int, default=3, help="rounds of each system")
@@ -143,14 +156,21 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     is_on_gpu = bool(list_gpu_names())
+    if options.model and (options.preset or options.dummy_weights):
+        raise ValueError("--model excludes --preset and --dummy-weights; leave one out.")
     options.preset = options.preset or ("gpu-1b" if is_on_gpu else "cpu-0.6b")
     options.max_tokens = options.max_tokens or (512 if is_on_gpu else 128)
     if options.engine_process is None:
         options.engine_process = is_on_gpu
     # vLLM has no synthetic acceptance on the CPU's model runner.
     options.is_acceptance_given = options.dummy_weights and is_on_gpu
-    if options.exit_layer is None:
-        options.exit_layer = PRESETS[options.preset].exit_layer
+    exit_layer, num_tokens = PRESETS[options.preset].exit_layer, 4
+    if options.model:
+        settings = read_settings(options.model)
+        exit_layer, num_tokens = settings.exit_layer.value, settings.num_speculative_tokens.value
+    options.exit_layer = options.exit_layer or exit_layer
+    if options.num_speculative_tokens is None:
+        options.num_speculative_tokens = num_tokens
     for name, least in _LEAST.items():
         if getattr(options, name) < least:
             flag = "--" + name.replace("_", "-")
@@ -158,7 +178,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if min(options.batch_sizes) < 1:
         raise ValueError(f"--batch-sizes has {min(options.batch_sizes)}; all must be at least 1.")
     longest = max(load.num_prompt_tokens for load in find_loads(options))
-    if longest + options.max_tokens + MARGIN_TOKENS > MAX_POSITIONS:
+    if not options.model and longest + options.max_tokens + MARGIN_TOKENS > MAX_POSITIONS:
         raise ValueError(
             f"The longest prompt and --max-tokens are {longest} and {options.max_tokens} tokens; "
             f"together they must be at most {MAX_POSITIONS - MARGIN_TOKENS}."
@@ -177,8 +197,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def prepare_checkpoint(options: argparse.Namespace) -> tuple[SyntheticSpec, SyntheticCheckpoint]:
+def prepare_checkpoint(options: argparse.Namespace) -> SyntheticCheckpoint:
     """Make the checkpoint in a process of its own, so that no engine shares its memory."""
+    if options.model:
+        return cut_first_layers(options.model, options.exit_layer, options.checkpoints)
     spec = dataclasses.replace(
         PRESETS[options.preset],
         exit_layer=options.exit_layer,
@@ -187,25 +209,28 @@ def prepare_checkpoint(options: argparse.Namespace) -> tuple[SyntheticSpec, Synt
         seed=options.seed,
     )
     if options.dummy_weights:
-        return spec, make_shape(spec, options.checkpoints)
+        return make_shape(spec, options.checkpoints)
     command = [sys.executable, "-m", "benchmarks.decoding.synthetic_checkpoint"]
     for name in ("preset", "exit_layer", "num_speculative_tokens", "acceptance", "seed"):
         command += ["--" + name.replace("_", "-"), str(getattr(options, name))]
     command += ["--folder", str(options.checkpoints)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return spec, read_checkpoint(options.checkpoints / spec.name())
+    return read_checkpoint(options.checkpoints / spec.name())
 
 
 def time_engines(
-    engines: Sequence[Engine], options: argparse.Namespace, vocab_size: int
+    engines: Sequence[Engine], options: argparse.Namespace, checkpoint: SyntheticCheckpoint
 ) -> dict[Load, dict[str, list[Measurement]]]:
     """Run all rounds, the engines in turn, and return them by load and system."""
     results: dict[Load, dict[str, list[Measurement]]] = {}
     for load in find_loads(options):
         size = load.batch_size
-        prompts = make_prompts(
-            vocab_size, size * (options.repeats + 1), load.num_prompt_tokens, options.seed + 1
-        )
+        num_prompts, num_tokens = size * (options.repeats + 1), load.num_prompt_tokens
+        if options.model:
+            prompts = make_code_prompts(options.model, num_prompts, num_tokens)
+        else:
+            vocab_size = checkpoint.config["vocab_size"]
+            prompts = make_prompts(vocab_size, num_prompts, num_tokens, options.seed + 1)
         by_system: dict[str, list[Measurement]] = {engine.system: [] for engine in engines}
         for engine in engines:
             engine.run_round(prompts[-size:], NUM_WARM_UP_TOKENS, options.temperature)

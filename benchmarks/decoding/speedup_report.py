@@ -116,8 +116,8 @@ def describe_run(
         f"{describe_hardware()}; {facts.num_threads} threads; vLLM {version('vllm')}, "
         f"PyTorch {version('torch')}; {facts.mode}, "
         + ("vLLM's engine process" if options.engine_process else "engine in its caller's process"),
-        f"{options.preset}: {counts.total / 1e9:.2f} B weights, {options.dtype}; E = "
-        f"{options.exit_layer} of {counts.num_layers} layers, K = {num_tokens}; "
+        f"{options.model or options.preset}: {counts.total / 1e9:.2f} B weights, {options.dtype}; "
+        f"E = {options.exit_layer} of {counts.num_layers} layers, K = {num_tokens}; "
         + _describe_weights(checkpoint, options),
         f"{options.repeats} rounds of {options.max_tokens} tokens after "
         f"{options.num_prompt_tokens} prompt tokens, systems in turn; "
@@ -138,6 +138,8 @@ def _describe_weights(checkpoint: SyntheticCheckpoint, options: argparse.Namespa
     if checkpoint.late_scale is not None:
         differ = f"{checkpoint.distinct_ngrams:.0%} of a text's 4-grams differ"
         return f"late layers scaled by {checkpoint.late_scale}; {differ}"
+    if options.model:
+        return "trained; prompts are held-out code"
     acceptance = "as it comes"
     if options.is_acceptance_given:
         acceptance = f"given ({options.acceptance:.0%}), so that no text is plain's"

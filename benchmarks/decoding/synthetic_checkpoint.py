@@ -133,6 +133,12 @@ class SyntheticCheckpoint:
     distinct_ngrams: float | None = None
     near_ties: float | None = None
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's `config.json`."""
+        config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+        return config
+
 
 def make_checkpoint(spec: SyntheticSpec, root: Path = DEFAULT_FOLDER) -> SyntheticCheckpoint:
     """Make the checkpoint, or find the one that was made before.

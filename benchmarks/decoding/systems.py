@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.decoding.speedup_report import BYTES_PER_WEIGHT
 from benchmarks.decoding.speedup_summary import Load
-from benchmarks.decoding.synthetic_checkpoint import PRESETS, SyntheticCheckpoint
+from benchmarks.decoding.synthetic_checkpoint import SyntheticCheckpoint
 from layerskip_vllm.checkpoint.draft_vocab import DraftVocab, save_draft_vocab
 
 SYSTEMS = ("plain", "layerskip", "draft_model", "ngram")
@@ -60,7 +61,7 @@ def make_engine_args(
         "dtype": options.dtype,
         "max_model_len": max(count_text_tokens(options, load) for load in find_loads(options)),
         "max_num_seqs": max(options.batch_sizes),
-        "kv_cache_memory_bytes": count_kv_bytes(options),
+        "kv_cache_memory_bytes": count_kv_bytes(options, checkpoint.config),
         # With the bytes given, no more than what a GPU must have free when the engine starts, which
         # is little beside what the others have taken by then.
         "gpu_memory_utilization": 0.05,
@@ -99,27 +100,36 @@ def _make_speculative_config(
 
 def _write_draft_vocab(options: argparse.Namespace, checkpoint: SyntheticCheckpoint) -> str:
     """Write a draft vocabulary of the first tokens, for acceptance that does not hang on them."""
-    vocab_size = PRESETS[options.preset].vocab_size
+    vocab_size = checkpoint.config["vocab_size"]
     file = (checkpoint.folder / "draft-vocab.json").resolve()
     token_ids = tuple(range(round(SHARE_OF_DRAFT_VOCAB * vocab_size)))
     save_draft_vocab(file, DraftVocab(vocab_size=vocab_size, token_ids=token_ids))
     return str(file)
 
 
-def count_kv_bytes(options: argparse.Namespace) -> int:
-    """Return the KV cache that each engine gets: what the texts need, with a draft model's."""
+def count_kv_bytes(options: argparse.Namespace, config: Mapping[str, Any]) -> int:
+    """Return the KV cache that each engine gets: what the texts need, with a draft model's.
+
+    Args:
+        options: What is measured.
+        config: The model's `config.json`, of the Llama architecture.
+
+    Returns:
+        Bytes.
+    """
     if options.kv_cache_gib is not None:
         return int(options.kv_cache_gib * 2**30)
-    spec = PRESETS[options.preset]
-    num_layers: int = spec.num_layers + options.exit_layer
-    layer_bytes = 2 * spec.num_kv_heads * spec.head_dim * BYTES_PER_WEIGHT[options.dtype]
+    num_layers = config["num_hidden_layers"] + options.exit_layer
+    num_heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
+    num_kv_heads = config.get("num_key_value_heads") or num_heads
+    layer_bytes = 2 * num_kv_heads * head_dim * BYTES_PER_WEIGHT[options.dtype]
     num_blocks = max(
         load.batch_size * -(-count_text_tokens(options, load) // _BLOCK_TOKENS)
         for load in find_loads(options)
     )
-    return (
-        (num_blocks + 1) * _BLOCK_TOKENS * num_layers * layer_bytes
-    )  # vLLM keeps a block for itself
+    # vLLM keeps a block for itself.
+    return int((num_blocks + 1) * _BLOCK_TOKENS * num_layers * layer_bytes)
 
 
 def count_text_tokens(options: argparse.Namespace, load: Load) -> int:

@@ -46,15 +46,17 @@ def test_engine_is_in_its_callers_process_when_there_is_none(monkeypatch, tmp_pa
     assert "rejection_sample_method" not in args["speculative_config"]
 
 
-def test_kv_cache_holds_all_texts_when_nobody_says_how_large_it_is(on_gpu):
+def test_kv_cache_holds_all_texts_when_nobody_says_how_large_it_is(on_gpu, tmp_path):
     arguments = ["--preset", "gpu-8b", "--batch-sizes", "1", "64", "--max-tokens", "512"]
     # 32 layers and a draft model's 8, keys and values, 8 heads of 128, 2 bytes.
     token_bytes = 40 * 2 * 8 * 128 * 2
     texts = 64 * 640  # 16 + 512 + 64 tokens, in blocks of 128
-    assert count_kv_bytes(parse_options(arguments)) == (texts + 128) * token_bytes
+    config = make_shape(PRESETS["gpu-8b"], tmp_path).config
+    assert count_kv_bytes(parse_options(arguments), config) == (texts + 128) * token_bytes
     long = parse_options([*arguments[:3], "1", "--num-long-prompt-tokens", "3000"])
-    assert count_kv_bytes(long) == (3584 + 128) * token_bytes
-    assert count_kv_bytes(parse_options([*arguments, "--kv-cache-gib", "2"])) == 2 * 2**30
+    assert count_kv_bytes(long, config) == (3584 + 128) * token_bytes
+    options = parse_options([*arguments, "--kv-cache-gib", "2"])
+    assert count_kv_bytes(options, config) == 2 * 2**30
 
 
 def test_acceptance_is_given_when_a_gpu_has_drawn_the_weights(on_gpu, tmp_path):
