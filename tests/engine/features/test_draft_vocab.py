@@ -1,5 +1,6 @@
 """Drafts that choose among some tokens: the target's logits of these, mapped to its own ids."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,11 @@ from tests.support.checks import (
     assert_some_accepted_some_refused,
 )
 from tests.support.draft_vocabs import make_draft_vocab
+from tests.support.exit_adapters import make_exit_adapter
 from tests.support.quantized import quantize_to_int8
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
+FIELD = "num_speculative_tokens"
 K = 3
 REQUESTS = tuple(
     Request(tokens(length), {"max_tokens": 24}, joins_at=order)
@@ -77,6 +80,65 @@ def test_tokens_equal_plain_when_another_setting_stands_beside(
     plain, drafted = runner.pair(Scenario(str(checkpoint()), REQUESTS, speculative))
     assert_same_outputs(plain, drafted)
     assert_some_accepted_some_refused(drafted)
+
+
+def test_tokens_equal_plain_when_adapter_grammars_and_own_lengths_stand_beside(
+    runner, checkpoint, tmp_path
+):
+    """All in one batch; no draft is accepted that is not in the vocabulary."""
+    limits = (None, 1, None, 2, 0)
+    grammars = ({"regex": r"[ -~]{20}-[0-9]{4}"}, {"regex": r"[a-z]{20}-[ -~]{4}"})
+    requests = tuple(
+        Request(tokens(9 + 7 * index), {"max_tokens": 40, **params}, joins_at=index)
+        for index, params in enumerate(
+            {} if limit is None else {"extra_args": {"layerskip": {FIELD: limit}}}
+            for limit in limits
+        )
+    )
+    requests = (
+        *(
+            replace(r, params={**r.params, "ignore_eos": False, "structured_outputs": grammar})
+            for r, grammar in zip(requests, grammars, strict=False)
+        ),
+        *requests[len(grammars) :],
+    )
+    engine = {
+        "structured_outputs_config": {"backend": "xgrammar"},
+        "per_request_spec_decode_metrics": "detailed",
+    }
+    settings = {
+        "method": "layerskip",
+        "draft_vocab": make_draft_vocab(tmp_path / "ids.json", range(0, VOCAB_SIZE, 2)),
+    }
+    adapters = [
+        make_exit_adapter(tmp_path / str(std), std, exit_layer=NUM_LAYERS - 1) for std in (0.0, 0.2)
+    ]
+    scenario = Scenario(str(checkpoint()), requests, engine=engine)
+    plain, untrained, drafted = runner.serve(
+        scenario.plain(),
+        *(replace(scenario, speculative={**settings, "exit_adapter": str(a)}) for a in adapters),
+    )
+    assert drafted.counts != untrained.counts
+    for report in (untrained, drafted):
+        assert_same_outputs(plain, report)
+        assert_some_accepted_some_refused(report)
+        answers = [output.completions[0] for output in report.outputs]
+        drafted_lens = [answer.spec_decode.get("per_step_drafted", []) for answer in answers]
+        assert [max(lens, default=0) for lens in drafted_lens] == [K, 1, K, 2, 0]
+        for grammar, answer in zip(grammars, answers, strict=False):
+            assert re.fullmatch(grammar["regex"], answer.text)
+        for answer in answers[2:4]:
+            assert all(token % 2 == 0 for token in find_accepted(answer))
+
+
+def find_accepted(completion):
+    """Return the drafts in an output, of a request that drafts in every step after the first."""
+    found, start = [], 1
+    for num_accepted in completion.spec_decode["per_step_accepted"]:
+        found += completion.token_ids[start : start + num_accepted]
+        start += num_accepted + 1
+    assert start >= len(completion.token_ids)
+    return found
 
 
 @pytest.mark.parametrize("way", ["in place", "load_weights"])
