@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +15,17 @@ from layerskip_vllm.tools.prompts import spread_evenly
 from layerskip_vllm.tools.stdlib_corpus import held_out_files
 
 STDLIB = "stdlib"
+NUM_NAMED = 5  # files that are left out of a folder
 
 
 def read_documents(data: Sequence[str]) -> list[str]:
     """Read the texts of files and folders, in the order given; those that are empty are left out.
 
-    A `.jsonl` file holds an object with a `text` a line, any other is one text in UTF-8; of a
-    folder all files count but hidden ones, by their paths. `stdlib` is the part of Python's
-    standard library that the embedded checkpoint was not trained on. A ValueError says that
-    something is not there, cannot be read as text or holds none.
+    A `.jsonl` file holds an object with a `text` a line, any other is one text in UTF-8. Of a
+    folder all files count but hidden ones, by their paths, and those that are not text, of which
+    stderr is told. `stdlib` is the part of Python's standard library that the embedded checkpoint
+    was not trained on. A ValueError says that something is not there, holds no text or, where it is
+    a file's name, is none.
     """
     documents = []
     for name in data:
@@ -38,12 +41,15 @@ def _read_name(name: str) -> Iterator[str]:
     if name == STDLIB:
         yield from (file.text for file in held_out_files())
     elif path.is_dir():
-        for file in sorted(path.rglob("*")):
-            is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            if file.is_file() and not is_hidden:
-                yield from _read_file(file)
+        yield from _read_folder(path)
     elif path.is_file():
-        yield from _read_file(path)
+        try:
+            yield from _read_file(path)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"data has {name!r}, which is not text in UTF-8 ({error}); name text files, or a "
+                "folder, of which others are left out."
+            ) from error
     else:
         raise ValueError(
             f"data is {name!r}, which is not there (seen from {Path.cwd()}); it must be a file, a "
@@ -51,13 +57,25 @@ def _read_name(name: str) -> Iterator[str]:
         )
 
 
+def _read_folder(folder: Path) -> Iterator[str]:
+    left_out = []
+    for file in sorted(folder.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if not file.is_file() or is_hidden:
+            continue
+        try:
+            yield from _read_file(file)
+        except UnicodeDecodeError:
+            left_out.append(str(file.relative_to(folder)))
+    if left_out:
+        names = ", ".join(left_out[:NUM_NAMED] + ["..."] * (len(left_out) > NUM_NAMED))
+        count = f"{len(left_out)} files that are not text in UTF-8"
+        print(f"data: {str(folder)!r} without {count}: {names}", file=sys.stderr)
+
+
 def _read_file(path: Path) -> Iterator[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"data has {str(path)!r}, which is not text in UTF-8 ({error}); name text files alone."
-        ) from error
+    """Read the texts of a file; `UnicodeDecodeError` if it is not text."""
+    text = path.read_text(encoding="utf-8")
     if path.suffix != ".jsonl":
         yield text
         return

@@ -50,6 +50,19 @@ def test_documents_are_refused_when_they_are_no_text(tmp_path, name, content, me
         read_documents([str(tmp_path / name)])
 
 
+def test_files_of_a_folder_are_left_out_aloud_when_they_are_no_text(tmp_path, capsys):
+    for index in range(7):
+        (tmp_path / f"{index}.png").write_bytes(b"\x89PNG")
+    (tmp_path / "8.txt").write_text("text")
+    assert read_documents([str(tmp_path)]) == ["text"]
+    said = capsys.readouterr().err
+    assert f"{str(tmp_path)!r} without 7 files that are not text in UTF-8: 0.png, 1.png, " in said
+    assert said.endswith("4.png, ...\n")
+    (tmp_path / "9.jsonl").write_text("text")
+    with pytest.raises(ValueError, match=r"line 1 of '.*9\.jsonl' is not JSON"):
+        read_documents([str(tmp_path)])
+
+
 def test_folder_is_refused_when_it_is_empty(tmp_path):
     with pytest.raises(ValueError, match=re.escape(repr(str(tmp_path))) + ".*no text in it"):
         read_documents([str(tmp_path)])
