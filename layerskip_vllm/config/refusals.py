@@ -37,6 +37,7 @@ SHARED_SETTINGS = frozenset(
         "synthetic_acceptance_rates",
         "synthetic_acceptance_length",
         "use_local_argmax_reduction",
+        "enable_adaptive_verification",
         "enforce_eager",
     }
 )
@@ -159,6 +160,28 @@ def check_model(model_config: ModelConfig) -> None:
             raise ValueError(
                 f"{name}, which layerskip cannot draft with: {reason}. Use a decoder-only text "
                 "model with attention layers, or another speculative method."
+            )
+
+
+def check_adaptive_verification(settings: Mapping[str, Any], args: EngineArgs) -> None:
+    """Refuse what cannot stand beside vLLM's adaptive verification.
+
+    What it asks of the engine, full CUDA graphs and Model Runner V2, vLLM sees to itself.
+    """
+    name = "enable_adaptive_verification"
+    if not settings.get(name):
+        return
+    is_local = settings.get("use_local_argmax_reduction")
+    num_ranks = args.data_parallel_size
+    for other, value, is_set, reason in (
+        ("use_local_argmax_reduction", is_local, is_local, "needs all logits of a draft"),
+        ("enable_lora", True, args.enable_lora, "trims rows after they were mapped to adapters"),
+        ("data_parallel_size", num_ranks, num_ranks > 1, "would trim each rank's drafts alone"),
+    ):
+        if is_set:
+            raise ValueError(
+                f"{name} is {settings[name]!r}, which {reason}, and {other} is {value!r}; leave "
+                "one of them out."
             )
 
 

@@ -20,6 +20,7 @@ from layerskip_vllm.checkpoint.entry import DraftSettings, Setting, default_sett
 from layerskip_vllm.checkpoint.exit_adapter import read_exit_adapter_config
 from layerskip_vllm.config.flags import METHOD, read_settings
 from layerskip_vllm.config.refusals import (
+    check_adaptive_verification,
     check_draft,
     check_draft_vocab,
     check_engine,
@@ -115,6 +116,7 @@ def create_layerskip_config(
     """
     settings = read_settings(args)
     check_settings(settings, has_lora=bool(args.enable_lora))
+    check_adaptive_verification(settings, args)
     check_model(model_config)
     check_engine(args, parallel_config)
     draft = default_settings(

@@ -352,7 +352,9 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             self.idx_mapping[:num_reqs],
             self.temperature,
             self.seeds,
-            self.draft_steps[:num_reqs],
+            # All rows are at the same step; of a step for each row vLLM's acceptance estimator
+            # takes them to be all steps of one request.
+            self.draft_steps[0],
             self.draft_logits,
         )
         advance_draft(

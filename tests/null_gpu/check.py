@@ -23,6 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 NUM_SPECULATIVE_TOKENS = 3
 LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
 OWN_K = "requests that draft less"
+ADAPTIVE = "adaptive verification"
+DRAFT_VOCAB: dict[str, Any] = {"draft_vocab": "a file that is made for the case"}
+SYNC_CHECK = {"VLLM_GPU_SYNC_CHECK": "error"}  # vLLM ends a step in which the host waits
 FULL, NO_GRAPH = "full", "none"
 
 # name: (engine arguments, speculative settings, environment, which CUDA graphs the drafts must use)
@@ -41,8 +44,21 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str], str]] = {
         FULL,
     ),
     OWN_K: ({}, {}, {}, FULL),
-    # vLLM ends a step in which the host waits for the device.
-    "no host sync": ({}, {}, {"VLLM_GPU_SYNC_CHECK": "error"}, FULL),
+    ADAPTIVE: ({}, {"enable_adaptive_verification": True}, SYNC_CHECK, FULL),
+    "draft vocabulary": ({}, DRAFT_VOCAB, SYNC_CHECK, FULL),
+    "draft vocabulary, probabilistic drafts": (
+        {},
+        {**DRAFT_VOCAB, "draft_sample_method": "probabilistic"},
+        SYNC_CHECK,
+        FULL,
+    ),
+    "draft vocabulary, adaptive verification": (
+        {},
+        {**DRAFT_VOCAB, "enable_adaptive_verification": True},
+        SYNC_CHECK,
+        FULL,
+    ),
+    "no host sync": ({}, {}, SYNC_CHECK, FULL),
     "no async scheduling": ({"async_scheduling": False}, {}, {}, FULL),
     # vLLM asserts that several ranges of compiled sizes come of a graph with a size in it.
     "one request, compiled in ranges": (
@@ -52,7 +68,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str], str]] = {
         FULL,
     ),
     "KV offloading": ({"kv_offloading_size": 0.05}, {}, {}, FULL),
-    "LoRA": (LORA, {}, {"VLLM_GPU_SYNC_CHECK": "error"}, FULL),
+    "LoRA": (LORA, {}, SYNC_CHECK, FULL),
     "LoRA, metadata built between replays": (
         {**LORA, "attention_backend": "FLEX_ATTENTION"},
         {},
@@ -72,6 +88,8 @@ def run_case(name: str, model: str) -> None:
 
     null_tokens.apply()
     _allow_copies_of_the_stand_in()
+    if "draft_vocab" in speculative:
+        speculative = {**speculative, "draft_vocab": _make_draft_vocab()}
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -136,6 +154,15 @@ def _check_own_k(llm: Any, runner: Any) -> None:
         assert bool(replays) == any(limits), f"{limits}: {len(replays)} draft steps"
 
 
+def _make_draft_vocab() -> str:
+    """Write a draft vocabulary; the logits that it is tried with mean nothing here."""
+    from layerskip_vllm.drafting.draft_head import DraftHead
+    from tests.support.draft_vocabs import make_draft_vocab
+
+    DraftHead._check = lambda *_: None  # type: ignore[method-assign]
+    return make_draft_vocab(Path(tempfile.mkdtemp()) / "ids.json", range(0, 256, 8))
+
+
 def _allow_copies_of_the_stand_in() -> None:
     """What says that each request got one token copies it to the device."""
     from vllm.utils.gpu_sync_debug import gpu_sync_allowed
@@ -170,6 +197,9 @@ def _describe(runner: Any, graphs: str) -> dict[str, Any]:
         return {"runner": "V1", "graphs": mode}
     speculator = runner.speculator
     assert type(speculator).__name__ == "LayerSkipSpeculator"
+    assert (runner.adaptive_verification is not None) == (
+        speculator.speculative_config.enable_adaptive_verification
+    )
     found = FULL if speculator.graphs.graphs else NO_GRAPH
     assert graphs == found, f"drafts ran with CUDA graphs {found!r}, not {graphs!r}"
     return {

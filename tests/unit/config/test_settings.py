@@ -99,6 +99,7 @@ def test_every_other_setting_of_vllm_is_refused_when_it_does_not_apply(
         ("draft_sample_method", "typical", "'greedy' or 'probabilistic'"),
         ("draft_sample_method", 1, "'greedy' or 'probabilistic'"),
         ("use_local_argmax_reduction", "perhaps", "a valid boolean"),
+        ("enable_adaptive_verification", "perhaps", "a valid boolean"),
         ("enforce_eager", "perhaps", "a valid boolean"),
     ],
     ids=lambda value: str(value)[:30],
@@ -163,6 +164,39 @@ def test_local_argmax_is_refused_when_drafts_are_sampled(speculate: Speculate) -
     assert "use_local_argmax_reduction is true" in message
     assert "draft_sample_method is 'probabilistic'" in message
     assert "use 'greedy' drafts or leave" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "engine", "other"),
+    [
+        ({"use_local_argmax_reduction": True}, {}, "use_local_argmax_reduction is True"),
+        ({}, {"enable_lora": True}, "enable_lora is True"),
+        ({}, {"data_parallel_size": 2}, "data_parallel_size is 2"),
+    ],
+)
+def test_adaptive_verification_is_refused_when_another_setting_cannot_stand_beside(
+    speculate: Speculate, settings: dict[str, Any], engine: dict[str, Any], other: str
+) -> None:
+    adaptive = {"method": "layerskip", "enable_adaptive_verification": True}
+    assert speculate(speculative_config=adaptive).enable_adaptive_verification
+    message = refusal(speculate, speculative_config={**adaptive, **settings}, **engine)
+    assert "enable_adaptive_verification is True" in message
+    assert f"{other}; leave one of them out" in message
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [("0", "V1 does not support: adaptive draft"), ("1", "requires full CUDA graphs")],
+)
+def test_adaptive_verification_is_refused_by_vllm_when_the_engine_cannot_have_it(
+    configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, version: str, message: str
+) -> None:
+    """As on a CPU, where V2 is for tests alone."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", version)
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    config = {"method": "layerskip", "enable_adaptive_verification": True}
+    with pytest.raises(ValueError, match=message):
+        configure(speculative_config=config, enforce_eager=True)
 
 
 @pytest.mark.parametrize(
