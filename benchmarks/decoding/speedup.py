@@ -42,7 +42,7 @@ from benchmarks.decoding.systems import (
 from benchmarks.decoding.trained_checkpoint import (
     cut_first_layers,
     make_code_prompts,
-    read_settings,
+    read_draft_settings,
 )
 from benchmarks.decoding.weight_counts import count_weights
 from layerskip_vllm.tools.hardware import list_gpu_names
@@ -166,7 +166,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.is_acceptance_given = options.dummy_weights and is_on_gpu
     exit_layer, num_tokens = PRESETS[options.preset].exit_layer, 4
     if options.model:
-        settings = read_settings(options.model)
+        settings = read_draft_settings(options.model)
         exit_layer, num_tokens = settings.exit_layer.value, settings.num_speculative_tokens.value
     options.exit_layer = options.exit_layer or exit_layer
     if options.num_speculative_tokens is None:

@@ -15,7 +15,7 @@ from layerskip_vllm.tools.prompts import held_out_prompts
 _CHARACTERS_PER_TOKEN = 6
 
 
-def read_settings(model: Path) -> DraftSettings:
+def read_draft_settings(model: Path) -> DraftSettings:
     """Return the E and K that layerskip takes for a checkpoint by itself."""
     from transformers import AutoConfig
 
