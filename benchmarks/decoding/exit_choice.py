@@ -28,7 +28,7 @@ PROBE_EVERY = 16
 
 
 @dataclass(frozen=True)
-class Draft:
+class DraftPlan:
     """A way to draft: E and K."""
 
     exit_layer: int
@@ -74,11 +74,11 @@ class Game:
         self.matches = matches
         self.shares = shares
 
-    def cost(self, draft: Draft) -> float:
+    def cost(self, draft: DraftPlan) -> float:
         """Return what a round reads, in steps of the model."""
         return cost_of_round(self.shares[draft.exit_layer], draft.num_tokens)
 
-    def accept(self, prompt: int, place: int, draft: Draft) -> int:
+    def accept(self, prompt: int, place: int, draft: DraftPlan) -> int:
         """Count the accepted tokens of a draft at a place."""
         flags = self.matches[prompt][draft.exit_layer - 1]
         accepted = 0
@@ -90,7 +90,9 @@ class Game:
         """Return the place at which no round begins any more, so that any K fits."""
         return len(self.matches[prompt][0]) - MAX_K
 
-    def speed(self, choose: Callable[[int, int], Draft], observe: Observe | None = None) -> float:
+    def speed(
+        self, choose: Callable[[int, int], DraftPlan], observe: Observe | None = None
+    ) -> float:
         """Play all prompts; `choose(prompt, place)` says how each round drafts."""
         num_tokens, cost = 0, 0.0
         for prompt in range(len(self.matches)):
@@ -105,13 +107,13 @@ class Game:
                 cost += self.cost(draft)
         return num_tokens / cost
 
-    def best_fixed(self, drafts: Sequence[Draft]) -> tuple[float, Draft]:
+    def best_fixed(self, drafts: Sequence[DraftPlan]) -> tuple[float, DraftPlan]:
         """Find the one that is fastest over all prompts, and how fast."""
         return max(
             ((self.speed(lambda *_, d=draft: d), draft) for draft in drafts), key=lambda s: s[0]
         )
 
-    def oracle_speed(self, drafts: Sequence[Draft]) -> float:
+    def oracle_speed(self, drafts: Sequence[DraftPlan]) -> float:
         """How fast it is to draft in the best way at each place, known beforehand."""
         num_tokens, cost = 0, 0.0
         for prompt in range(len(self.matches)):
@@ -130,7 +132,7 @@ class Game:
             num_tokens += best[1][1]
         return num_tokens / cost
 
-    def history_speed(self, drafts: Sequence[Draft], decay: float, sees_all: bool) -> float:
+    def history_speed(self, drafts: Sequence[DraftPlan], decay: float, sees_all: bool) -> float:
         """How fast it is to draft in the way that a request's own rounds promise most of.
 
         With `sees_all` each round shows what every exit would have drafted, which nobody could know
@@ -144,7 +146,7 @@ class Game:
         }
         histories: dict[int, History] = {}
 
-        def choose(prompt: int, place: int) -> Draft:
+        def choose(prompt: int, place: int) -> DraftPlan:
             history = histories.setdefault(
                 prompt,
                 History(decay, {e: 4 * prior[e] for e in exits}, dict.fromkeys(exits, 4.0)),
@@ -156,31 +158,31 @@ class Game:
                 allowed = [draft for draft in drafts if draft.exit_layer == probed]
             return max(allowed, key=lambda draft: self.promise(draft, history.rate))
 
-        def observe(prompt: int, place: int, draft: Draft, accepted: int) -> None:
+        def observe(prompt: int, place: int, draft: DraftPlan, accepted: int) -> None:
             for exit_layer in exits if sees_all else [draft.exit_layer]:
-                same = Draft(exit_layer, draft.num_tokens)
+                same = DraftPlan(exit_layer, draft.num_tokens)
                 histories[prompt].observe(
                     exit_layer, self.accept(prompt, place, same), draft.num_tokens
                 )
 
         return self.speed(choose, observe)
 
-    def promise(self, draft: Draft, rate: Callable[[int], float]) -> float:
+    def promise(self, draft: DraftPlan, rate: Callable[[int], float]) -> float:
         """Tokens by cost that a draft promises if each token is accepted at its exit's rate."""
         chance = rate(draft.exit_layer)
         num_tokens = sum(chance**position for position in range(draft.num_tokens + 1))
         return num_tokens / self.cost(draft)
 
 
-Observe: TypeAlias = Callable[[int, int, Draft, int], None]
+Observe: TypeAlias = Callable[[int, int, DraftPlan, int], None]
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ExitChoice:
     """Speeds over plain decoding of one way to take K."""
 
     k: str
-    best_fixed: Draft
+    best_fixed: DraftPlan
     fixed: float
     realisable: float  # from the rounds of the exit that drafted
     all_seen: float  # from what all exits would have drafted in past rounds
@@ -190,12 +192,12 @@ class Comparison:
 
 def compare(
     tuned_on: Game, game: Game, exits: Sequence[int], k: str, by_exit: dict[int, list[int]]
-) -> Comparison:
+) -> ExitChoice:
     """Compare ways to choose the exit, with the values of K that each exit may take.
 
     What is fixed, the one exit or the rule's exits and memory, is chosen by other prompts.
     """
-    drafts = [Draft(e, num) for e in exits for num in by_exit[e]]
+    drafts = [DraftPlan(e, num) for e in exits for num in by_exit[e]]
     best = tuned_on.best_fixed(drafts)[1]
     of_best = [draft for draft in drafts if draft.exit_layer == best.exit_layer]
     pairs = [
@@ -204,13 +206,13 @@ def compare(
         if other != best.exit_layer
     ]
 
-    def play(sets: Sequence[Sequence[Draft]], sees_all: bool) -> float:
+    def play(sets: Sequence[Sequence[DraftPlan]], sees_all: bool) -> float:
         rules = [(some, decay, sees_all) for some in sets for decay in DECAYS]
         return game.history_speed(*max(rules, key=lambda rule: tuned_on.history_speed(*rule)))
 
     alone = [Game([rows], game.shares).best_fixed(drafts)[0] for rows in game.matches]
     num_tokens = [game.last_place(prompt) for prompt in range(len(alone))]
-    return Comparison(
+    return ExitChoice(
         k,
         best,
         # Where K is chosen each round, it is for the fixed exit too.
@@ -243,7 +245,7 @@ def main() -> None:
     halves = [Game(mix.matches[start::2], shares) for start in (0, 1)]
     console = make_console()
     console.print(
-        build_exit_table(mix, {n: Game(rows, shares) for n, rows in kinds.items()}, options.exits)
+        build_fixed_table(mix, {n: Game(rows, shares) for n, rows in kinds.items()}, options.exits)
     )
     best_k = {e: [halves[0].best_fixed(all_of(e))[1].num_tokens] for e in options.exits}
     comparisons = [
@@ -254,18 +256,18 @@ def main() -> None:
             ("chosen each round", {e: list(range(1, MAX_K + 1)) for e in options.exits}),
         )
     ]
-    console.print(build_comparison_table(comparisons))
+    console.print(build_choice_table(comparisons))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.output, [vars(c) | {"best_fixed": vars(c.best_fixed)} for c in comparisons])
     console.print(f"Written: {options.output}")
 
 
-def all_of(exit_layer: int) -> list[Draft]:
+def all_of(exit_layer: int) -> list[DraftPlan]:
     """All drafts of an exit."""
-    return [Draft(exit_layer, num) for num in range(1, MAX_K + 1)]
+    return [DraftPlan(exit_layer, num) for num in range(1, MAX_K + 1)]
 
 
-def build_exit_table(mix: Game, kinds: dict[str, Game], exits: Sequence[int]) -> Table:
+def build_fixed_table(mix: Game, kinds: dict[str, Game], exits: Sequence[int]) -> Table:
     """Lay out an exit a line: how fast it is alone."""
     table = Table(title="one exit: its best K, and times plain")
     games = {"mix": mix, **kinds}
@@ -278,7 +280,7 @@ def build_exit_table(mix: Game, kinds: dict[str, Game], exits: Sequence[int]) ->
     return table
 
 
-def build_comparison_table(comparisons: Sequence[Comparison]) -> Table:
+def build_choice_table(comparisons: Sequence[ExitChoice]) -> Table:
     """Lay out a way to take K a line: what each way to choose the exit gains."""
     table = Table(title="the exit chosen each round: times plain, and times the best fixed exit")
     ways = ("realisable", "all_seen", "by_request", "oracle")

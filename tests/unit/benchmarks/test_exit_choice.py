@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.decoding.exit_choice import MAX_K, Draft, Game
+from benchmarks.decoding.exit_choice import MAX_K, DraftPlan, Game
 
 SHARES = [0.0, 0.25, 0.5, 1.0]
-SHALLOW, DEEP = Draft(1, 1), Draft(2, 1)
+SHALLOW, DEEP = DraftPlan(1, 1), DraftPlan(2, 1)
 
 
 def make_game(*prompts: tuple[str, str]) -> Game:
