@@ -14,7 +14,7 @@ OTHER_VLLM ?= 0.33.0
 OF_VLLM := tests/unit/config tests/unit/drafting tests/unit/hooks tests/engine/core \
 	tests/e2e/serving/test_plugin_loading.py
 
-.PHONY: help setup test test-all test-other-vllm lint types docs package format demo check-gpu check-null-gpu clean
+.PHONY: help setup test test-all test-other-vllm lint types docs package format demo bench check-gpu check-null-gpu clean
 
 help:
 	@echo "make setup           the .venv: vLLM for this machine, the plugin, its tools"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-all        all tests: vLLM's other features too, servers, ranks, Ray, training runs"
 	@echo "make test-other-vllm the core of them on another supported vLLM, OTHER_VLLM=$(OTHER_VLLM)"
 	@echo "make demo            vLLM with and without layerskip, side by side"
+	@echo "make bench           layerskip and its peers side by side, with a report in benchmarks/results"
 	@echo "make lint types      what CI checks besides"
 	@echo "make docs            the documentation as a site, in build/site; its links are checked"
 	@echo "make package         the wheel and the sdist, in dist/, and a try of them"
@@ -67,6 +68,9 @@ format: setup
 
 demo: setup
 	$(PYTHON_IN_VENV) -m benchmarks.serving.demo $(ARGS)
+
+bench: setup
+	$(PYTHON_IN_VENV) -m benchmarks.bench $(ARGS)
 
 # Offline too: the set-up is left out where PYTHON, the Python to use, has a vLLM.
 check-gpu:

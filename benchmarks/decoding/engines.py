@@ -33,6 +33,7 @@ COUNTING_ENGINE: Mapping[str, Any] = {
 }
 
 
+TRANSFORMERS = "benchmarks.decoding.transformers_engine"
 # What vLLM says on both model runners.
 _CAPTURED = re.compile(r"Graph capturing finished in (\d+) secs, took (-?[\d.]+) GiB")
 
@@ -61,6 +62,7 @@ class Measurement:
             programs disturb it less than they disturb a clock.
         counters: What was drafted and accepted, summed over the requests.
         tokens: Each request's tokens.
+        tpot_s: Each request's time per output token after its first.
     """
 
     tokens_per_s: float
@@ -68,6 +70,7 @@ class Measurement:
     cpu_s: float
     counters: SpecDecodeCounters
     tokens: list[list[int]] = field(repr=False)
+    tpot_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,10 @@ def run_round(
         cpu_s=cpu_s,
         counters=after - before,
         tokens=tokens,
+        tpot_s=tuple(
+            (stamps.last_token_ts - stamps.first_token_ts) / (len(text) - 1)
+            for stamps, text in zip(times, tokens, strict=True)
+        ),
     )
     return measurement, _gather_facts(_llm)
 
@@ -165,7 +172,7 @@ def _gather_facts(llm: LLM) -> Facts:
     return Facts(
         peak_memory_bytes=max(llm.collective_rpc("read_peak_memory"))
         if is_on_gpu
-        else _peak_resident_bytes(),
+        else peak_resident_bytes(),
         num_kv_tokens=num_blocks * config.cache_config.block_size,
         device=device,
         mode="eager" if config.compilation_config.mode == 0 else "compiled",
@@ -174,7 +181,7 @@ def _gather_facts(llm: LLM) -> Facts:
     )
 
 
-def _peak_resident_bytes() -> int:
+def peak_resident_bytes() -> int:
     """Return the peak resident memory of this process and the ones it started, summed."""
     processes, total = [os.getpid()], 0
     while processes:
@@ -205,7 +212,9 @@ class Engine:
         """Begin to load the engine."""
         self.system = system
         self._process = process
-        self._loading = process.submit(f"{__name__}:load", dict(engine_args))
+        # The module whose functions load it and run its rounds.
+        self._module = TRANSFORMERS if system.startswith("transformers") else __name__
+        self._loading = process.submit(f"{self._module}:load", dict(engine_args))
 
     def wait_until_loaded(self) -> None:
         """Wait until it can run rounds."""
@@ -217,7 +226,7 @@ class Engine:
         """Run one round there and return what it measured."""
         measurement: Measurement
         measurement, facts = self._process.run(
-            f"{__name__}:run_round", prompts, max_tokens, temperature
+            f"{self._module}:run_round", prompts, max_tokens, temperature
         )
         self._update(facts)
         return measurement

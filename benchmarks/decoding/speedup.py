@@ -33,8 +33,8 @@ from benchmarks.decoding.synthetic_checkpoint import (
     read_checkpoint,
 )
 from benchmarks.decoding.systems import (
+    DEFAULT_SYSTEMS,
     MARGIN_TOKENS,
-    SYSTEMS,
     find_loads,
     make_engine_args,
     parse_system,
@@ -126,7 +126,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--systems",
         nargs="+",
         type=parse_system,
-        default=list(SYSTEMS),
+        default=list(DEFAULT_SYSTEMS),
         help="layerskip may have speed settings after it: layerskip+auto+draft_vocab",
     )
     parser.add_argument("--draft-vocab", type=Path, help="the file for systems with +draft_vocab")

@@ -40,7 +40,7 @@ def make_speedup_table(summaries: Sequence[Summary], options: argparse.Namespace
     for line in summaries:
         accepted = _show(line.acceptance, ".0%")
         if line.accepted is not None:
-            accepted += f" ({line.accepted:.2f}/{options.num_speculative_tokens})"
+            accepted += f" ({line.accepted:.2f}/{line.drafted:.3g})"
         table.add_row(
             str(line.load.batch_size),
             f"{line.load.num_prompt_tokens:,}",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,12 +43,16 @@ class Summary:
         fastest: And of the fastest.
         speedup: Median of the ratios to plain's round of the same turn.
         acceptance: Accepted by drafted tokens.
-        accepted: Drafts accepted in a draft-and-verify round, on average.
+        accepted: Tokens of a draft that were accepted, on average.
+        drafted: Tokens of a draft, on average.
         bound: What the weights read allow, in times plain (for drafts from the first E layers).
         share_of_bound: Speedup by bound.
         same_texts: Share of texts equal to plain's; None where no text is to be.
         same_tokens: Share of tokens before the first that is not plain's.
         prefill_s: Median time to the first token.
+        accepted_by_position: Share of drafts accepted up to and including each position.
+        tpot_s: Median time per output token of a request, the first not counted.
+        tpot_p99_s: What 99 % of the requests are below.
         step_times: What a step takes, where it was timed by itself.
     """
 
@@ -58,11 +64,15 @@ class Summary:
     speedup: float | None
     acceptance: float | None
     accepted: float | None
+    drafted: float | None
     bound: float | None
     share_of_bound: float | None
     same_texts: float | None
     same_tokens: float | None
     prefill_s: float
+    accepted_by_position: tuple[float, ...] = ()
+    tpot_s: float | None = None
+    tpot_p99_s: float | None = None
     step_times: StepTimes | None = None
 
 
@@ -88,17 +98,25 @@ def _summarize_system(
     options: argparse.Namespace,
 ) -> Summary:
     rates = [each.tokens_per_s for each in rounds]
-    speedup = bound = acceptance = accepted = None
+    speedup = bound = acceptance = accepted = drafted = None
     if plain:
         ratios = [ours / theirs.tokens_per_s for ours, theirs in zip(rates, plain, strict=True)]
         speedup = statistics.median(ratios)
     if num_drafts := sum(each.counters.num_drafts for each in rounds):
         num_accepted = sum(each.counters.num_accepted_tokens for each in rounds)
-        acceptance = num_accepted / sum(each.counters.num_draft_tokens for each in rounds)
-        accepted = num_accepted / num_drafts
+        num_draft_tokens = sum(each.counters.num_draft_tokens for each in rounds)
+        acceptance = num_accepted / num_draft_tokens
+        accepted, drafted = num_accepted / num_drafts, num_draft_tokens / num_drafts
         if system in ("layerskip", "draft_model"):
             draft_share = counts.shares(options.exit_layer).total
             bound = bound_speedup(draft_share, options.num_speculative_tokens, accepted)
+    by_position = tuple(
+        sum(accepted) / max(1, num_drafts)
+        for accepted in itertools.zip_longest(
+            *(each.counters.num_accepted_tokens_per_pos for each in rounds), fillvalue=0
+        )
+    )
+    tpots = sorted(tpot for each in rounds for tpot in each.tpot_s)
     same_texts = same_tokens = None
     if plain and not options.is_acceptance_given:
         same_texts, same_tokens = compare_texts(rounds, plain)
@@ -111,11 +129,15 @@ def _summarize_system(
         speedup=speedup,
         acceptance=acceptance,
         accepted=accepted,
+        drafted=drafted,
         bound=bound,
         share_of_bound=speedup / bound if speedup and bound else None,
         same_texts=same_texts,
         same_tokens=same_tokens,
         prefill_s=statistics.median(each.prefill_s for each in rounds),
+        accepted_by_position=by_position if num_drafts else (),
+        tpot_s=statistics.median(tpots) if tpots else None,
+        tpot_p99_s=tpots[math.ceil(0.99 * len(tpots)) - 1] if tpots else None,
     )
 
 

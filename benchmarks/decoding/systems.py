@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,9 +12,15 @@ from benchmarks.decoding.speedup_summary import Load
 from benchmarks.decoding.synthetic_checkpoint import SyntheticCheckpoint
 from layerskip_vllm.checkpoint.draft_vocab import DraftVocab, save_draft_vocab
 
-SYSTEMS = ("plain", "layerskip", "draft_model", "ngram")
-# What may follow `layerskip`, a plus before each: `layerskip+auto+draft_vocab`.
-SPEED_SETTINGS = ("auto", "draft_vocab", "lookup", "reuse")
+# The last two are Transformers', without vLLM.
+SYSTEMS = (
+    *("plain", "layerskip", "draft_model", "ngram", "suffix"),
+    *("transformers", "transformers_early_exit"),
+)
+DEFAULT_SYSTEMS = SYSTEMS[:4]
+# What may follow `layerskip`, a plus before each, as in `layerskip+E6+auto`: E and K other than the
+# other systems', and speed settings.
+_SETTING = re.compile(r"E[1-9]\d*|K[1-9]\d*|auto|draft_vocab|lookup|reuse")
 # Of the vocabulary, where nobody says which tokens drafts choose among and any will do.
 SHARE_OF_DRAFT_VOCAB = 0.25
 MARGIN_TOKENS = 64  # room for drafts past the end of a text
@@ -24,7 +31,7 @@ def parse_system(name: str) -> str:
     """Read a system's name.
 
     Args:
-        name: One of `SYSTEMS`, layerskip with any of its speed settings after it.
+        name: One of `SYSTEMS`, layerskip with any settings after it.
 
     Returns:
         The name.
@@ -34,10 +41,10 @@ def parse_system(name: str) -> str:
     """
     system, *settings = name.split("+")
     is_known = system in SYSTEMS and (system == "layerskip" or not settings)
-    if not is_known or not set(settings) <= set(SPEED_SETTINGS):
+    if not is_known or not all(_SETTING.fullmatch(setting) for setting in settings):
         raise argparse.ArgumentTypeError(
             f"{name!r} is no system; it must be one of {', '.join(SYSTEMS)}, and layerskip may "
-            f"have +{', +'.join(SPEED_SETTINGS)} after it."
+            "have +E6, +K4, +auto, +draft_vocab, +lookup and +reuse after it."
         )
     return name
 
@@ -54,8 +61,12 @@ def make_engine_args(
     system: str, options: argparse.Namespace, checkpoint: SyntheticCheckpoint
 ) -> dict[str, Any]:
     """Return what `LLM` gets: the same for all systems but for the speculative configuration."""
+    model = str(checkpoint.folder.resolve())
+    if system.startswith("transformers"):
+        early_exit = options.exit_layer if system == "transformers_early_exit" else None
+        return {"model": model, "dtype": options.dtype, "assistant_early_exit": early_exit}
     return {
-        "model": str(checkpoint.folder.resolve()),
+        "model": model,
         "load_format": "dummy" if options.dummy_weights else "auto",
         "skip_tokenizer_init": True,
         "dtype": options.dtype,
@@ -81,21 +92,30 @@ def _make_speculative_config(
         return None
     if system == "ngram":
         return {"method": "ngram", "prompt_lookup_max": 4, **drafts}
+    if system == "suffix":
+        return {"method": "suffix", **drafts}
     if options.is_acceptance_given:
         drafts["rejection_sample_method"] = "synthetic"
         drafts["synthetic_acceptance_length"] = 1 + num_tokens * options.acceptance
     if system == "draft_model":
         return {"method": "draft_model", "model": str(checkpoint.draft_folder.resolve()), **drafts}
-    chosen = set(system.split("+")[1:])
-    if "auto" in chosen:
-        drafts["num_speculative_tokens"] = f"auto:{num_tokens}"
-    if "lookup" in chosen:
-        drafts["lookup"] = "auto"
-    if "reuse" in chosen:
-        drafts["reuse_exit_states"] = "auto"
-    if "draft_vocab" in chosen:
-        drafts["draft_vocab"] = str(options.draft_vocab or _write_draft_vocab(options, checkpoint))
-    return {"method": "layerskip", "exit_layer": options.exit_layer, **drafts}
+    exit_layer = options.exit_layer
+    for setting in system.split("+")[1:]:
+        if setting[0] == "E":
+            exit_layer = int(setting[1:])
+        elif setting[0] == "K":
+            drafts["num_speculative_tokens"] = int(setting[1:])
+        elif setting == "auto":
+            drafts["num_speculative_tokens"] = f"auto:{num_tokens}"
+        elif setting == "lookup":
+            drafts["lookup"] = "auto"
+        elif setting == "reuse":
+            drafts["reuse_exit_states"] = "auto"
+        else:
+            drafts["draft_vocab"] = str(
+                options.draft_vocab or _write_draft_vocab(options, checkpoint)
+            )
+    return {"method": "layerskip", "exit_layer": exit_layer, **drafts}
 
 
 def _write_draft_vocab(options: argparse.Namespace, checkpoint: SyntheticCheckpoint) -> str:
