@@ -20,6 +20,7 @@ FLAG_OF_SETTING = {
     "exit_layer": "--spec-exit-layer",
     "exit_adapter": "--spec-exit-adapter",
     "draft_vocab": "--spec-draft-vocab",
+    "reuse_exit_states": "--spec-reuse-exit-states",
 }
 
 
@@ -62,6 +63,13 @@ def add_speculative_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         metavar="FILE",
         default=None,
         help="The tokens that drafts choose among, for a smaller head. Default: all.",
+    )
+    group.add_argument(
+        "--spec-reuse-exit-states",
+        metavar="{auto,on,off}",
+        default=None,
+        help="Whether verification begins at the exit, with what drafting has left there (on a "
+        "CPU). Default: off.",
     )
     return parser
 

@@ -43,6 +43,7 @@ SHARED_SETTINGS = frozenset(
 )
 # Those of vLLM's that are known: another may be lossy, as "fly" of 0.33 is.
 REJECTION_SAMPLE_METHODS = ("standard", "block", "synthetic")
+REUSES = ("auto", "on", "off")
 KNOWN_KEYS = SHARED_SETTINGS | {"method", "model", *FLAG_OF_SETTING}
 
 
@@ -68,6 +69,45 @@ def check_settings(settings: Mapping[str, Any], has_lora: bool) -> None:
     if "draft_vocab" in settings:
         _check_head(settings, has_lora)
     _check_sampling(settings, has_lora)
+
+
+def check_reuse(
+    settings: Mapping[str, Any],
+    args: EngineArgs,
+    model_config: ModelConfig,
+    parallel_config: ParallelConfig,
+) -> None:
+    """Refuse what exit states cannot be reused with."""
+    reuse = settings.get("reuse_exit_states", "off")
+    if reuse not in REUSES:
+        raise ValueError(
+            f"reuse_exit_states is {reuse!r}; it must be 'auto', 'on' or 'off'. 'auto' reuses them "
+            "in steps that are large enough for it to pay."
+        )
+    if reuse == "off":
+        return
+    dp_size = parallel_config.data_parallel_size
+    has_embeds = model_config.enable_prompt_embeds
+    is_adaptive = bool(settings.get("enable_adaptive_verification"))
+    lookup = settings.get("lookup", "off")
+    for name, value, is_refused, reason in (
+        ("enable_lora", True, bool(args.enable_lora), "adapters are not mapped to its rows"),
+        ("enable_prompt_embeds", True, has_embeds, "it begins with token ids"),
+        ("enable_adaptive_verification", True, is_adaptive, "the device alone knows its tokens"),
+        ("lookup", lookup, lookup != "off", "a copied draft leaves no exit state"),
+        ("data_parallel_size", dp_size, dp_size > 1, "ranks do not agree on it"),
+        (
+            "kv_transfer_config",
+            args.kv_transfer_config,
+            args.kv_transfer_config is not None,
+            "a KV connector follows a verification through all layers",
+        ),
+    ):
+        if is_refused:
+            raise ValueError(
+                f"reuse_exit_states is {reuse!r} and {name} is {value!r}, but {reason}; leave one "
+                "of them out."
+            )
 
 
 def _check_sampling(settings: Mapping[str, Any], has_lora: bool) -> None:

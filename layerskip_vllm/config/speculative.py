@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from dataclasses import field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from typing_extensions import override
 from vllm.config.speculative import SpeculativeConfig
@@ -26,6 +26,7 @@ from layerskip_vllm.config.refusals import (
     check_engine,
     check_exit_adapter,
     check_model,
+    check_reuse,
     check_schedule,
     check_settings,
 )
@@ -66,6 +67,9 @@ class LayerSkipConfig(SpeculativeConfig):
     draft_vocab_size: int = 0
     """How many tokens drafts choose among."""
 
+    reuse_exit_states: Literal["auto", "on", "off"] = "off"
+    """Whether verification begins at the exit, with the states that drafting has left there."""
+
     def __post_init__(self) -> None:
         """Take the place of vLLM's search for a draft checkpoint: there is none."""
         self.method = "draft_model"
@@ -94,6 +98,7 @@ class LayerSkipConfig(SpeculativeConfig):
     def __repr__(self) -> str:
         names = ["exit_layer", "num_speculative_tokens"]
         names += [name for name in ("exit_adapter", "draft_vocab") if getattr(self, name)]
+        names += ["reuse_exit_states"] if self.reuse_exit_states != "off" else []
         values = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"LayerSkipConfig({values})"
 
@@ -119,6 +124,7 @@ def create_layerskip_config(
     check_adaptive_verification(settings, args)
     check_model(model_config)
     check_engine(args, parallel_config)
+    check_reuse(settings, args, model_config, parallel_config)
     draft = default_settings(
         model_config.model, model_config.hf_config, model_config.get_total_num_hidden_layers()
     )

@@ -7,7 +7,6 @@ is copied anew, to where it was, when the target's weights change.
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,6 @@ class DraftHead(nn.Module):
         self.is_stale = True
         self.refresh()
         self._check(states, logits)
-        _call_before_loading(target, functools.partial(setattr, self, "is_stale", True))
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Compute `[num_tokens, num_draft_tokens]` of `[num_tokens, hidden_size]`."""
@@ -181,15 +179,3 @@ def _processor_of(processor: LogitsProcessor, vocab_size: int) -> LogitsProcesso
     copied = copy.copy(processor)
     copied.vocab_size = copied.org_vocab_size = vocab_size
     return copied
-
-
-def _call_before_loading(target: Any, call: Any) -> None:
-    """Have a model call a function before it loads weights, whoever has it load them."""
-    load_weights = target.load_weights
-
-    @functools.wraps(load_weights)
-    def load(*args: Any, **kwargs: Any) -> Any:
-        call()
-        return load_weights(*args, **kwargs)
-
-    target.load_weights = load

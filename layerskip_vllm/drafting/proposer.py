@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -28,6 +29,7 @@ from layerskip_vllm.drafting.exit_model import ExitModel
 from layerskip_vllm.drafting.log import log_drafting
 from layerskip_vllm.drafting.lora import make_draft_lora
 from layerskip_vllm.drafting.slots import DraftSlots, find_slots
+from layerskip_vllm.drafting.verifier import Verifier
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
@@ -66,11 +68,13 @@ class LayerSkipProposer(DraftModelProposer):
 
     speculative_config: LayerSkipConfig
     model: ExitModel
+    verifier: Verifier | None
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: GPUModelRunner):
         super().__init__(vllm_config, device, runner)
         self.runner = runner
         self._check_rejection_sampler()
+        self._check_reuse()
         # Not for a mixture of experts, where more rows read more experts.
         is_padded = device.type == "cpu" and not vllm_config.model_config.is_moe
         self._min_num_rows = min(MIN_ROWS_ON_CPU, self.max_num_tokens) if is_padded else 1
@@ -81,6 +85,8 @@ class LayerSkipProposer(DraftModelProposer):
         self.model = ExitModel(target_model, config.exit_layer, self.vllm_config)
         self._draft_attn_layer_names = self.model.attn_layer_names
         self._lora = make_draft_lora(self.vllm_config, target_model)
+        exit_states = self.model.exit_states
+        self.verifier = None if exit_states is None else Verifier(self, exit_states)
 
     def _check_rejection_sampler(self) -> None:
         method = self.speculative_config.rejection_sample_method
@@ -92,6 +98,14 @@ class LayerSkipProposer(DraftModelProposer):
             raise ValueError(
                 f"rejection_sample_method is {method!r}, but {reason}; use 'standard', or Model "
                 "Runner V2 on a GPU."
+            )
+
+    def _check_reuse(self) -> None:
+        reuse = self.speculative_config.reuse_exit_states
+        if reuse != "off" and self.device.type != "cpu":
+            raise ValueError(
+                f"reuse_exit_states is {reuse!r}, but Model Runner V1 has it on CPUs alone; leave "
+                "it out."
             )
 
     @override
@@ -208,7 +222,7 @@ class LayerSkipProposer(DraftModelProposer):
         positions = common_attn_metadata.seq_lens.long()
         if num_rejected_tokens_gpu is not None:
             positions = positions - num_rejected_tokens_gpu
-        batch = self._dispatch(max(num_reqs, self._min_num_rows))
+        batch = self.pad(num_reqs)
         if self._lora is not None:
             lora_ids = self.runner.input_batch.request_lora_mapping[:num_reqs]
             self._lora.map_requests(lora_ids, batch.num_tokens)
@@ -222,7 +236,13 @@ class LayerSkipProposer(DraftModelProposer):
         )
         metadata = self._one_token_a_request(common_attn_metadata)
         self.input_ids[:num_reqs] = next_token_ids
+        if self.verifier is not None:
+            self.verifier.begin_draft(num_speculative_tokens)
         return self._draft(num_speculative_tokens, batch, slots, metadata, sampling_metadata)
+
+    def pad(self, num_tokens: int) -> DraftBatch:
+        """Pick how a pass of the first layers over so many tokens runs."""
+        return self._dispatch(max(num_tokens, self._min_num_rows))
 
     def _dispatch(self, num_tokens: int, use_cudagraphs: bool = True) -> DraftBatch:
         """Pick the CUDA graph and the padding of a batch, the same on all DP ranks."""
@@ -276,7 +296,10 @@ class LayerSkipProposer(DraftModelProposer):
         """Run one draft step on the tokens in `input_ids`: first layers, head, sampling."""
         num_reqs = metadata.num_reqs
         self.positions[:num_reqs] = slots.positions[step]
-        hidden_states = self._run_model(batch, *self._build_attention(step, slots, metadata))
+        is_kept = self.verifier is not None and self.verifier.exit_states.is_expected
+        hidden_states = self._run_model(
+            batch, *self._build_attention(step, slots, metadata), step if is_kept else None
+        )
         generators = self._generators(step, sampling_metadata.generators)
         return self._sample_draft_tokens(
             hidden_states[:num_reqs], replace(sampling_metadata, generators=generators)
@@ -287,25 +310,38 @@ class LayerSkipProposer(DraftModelProposer):
         batch: DraftBatch,
         attn_metadata: dict[str, Any] | None,
         slot_mapping: dict[str, torch.Tensor],
+        step: int | None = None,
     ) -> torch.Tensor:
-        """Run the exit model: `[num_tokens, hidden_size]`."""
-        with set_forward_context(
+        """Run the exit model, and keep its exit states if `step` says where.
+
+        Gives `[num_tokens, hidden_size]`.
+        """
+        with self.set_context(batch, attn_metadata, slot_mapping):
+            hidden_states: torch.Tensor = self.model(
+                self.input_ids[: batch.num_tokens], self.positions[: batch.num_tokens], step=step
+            )
+        return hidden_states
+
+    def set_context(
+        self,
+        batch: DraftBatch,
+        attn_metadata: dict[str, Any] | None,
+        slot_mapping: dict[str, torch.Tensor],
+    ) -> AbstractContextManager[None]:
+        """Set vLLM's forward context for a pass of the first layers."""
+        return set_forward_context(
             attn_metadata,
             self.vllm_config,
             num_tokens=batch.num_tokens,
             num_tokens_across_dp=batch.num_tokens_across_dp,
             cudagraph_runtime_mode=batch.cudagraph_mode,
             slot_mapping=slot_mapping,
-        ):
-            hidden_states: torch.Tensor = self.model(
-                self.input_ids[: batch.num_tokens], self.positions[: batch.num_tokens]
-            )
-        return hidden_states
+        )
 
     def _build_attention(
         self, step: int, slots: DraftSlots, metadata: CommonAttentionMetadata
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Attention metadata and slot mapping of a step, by layer name.
+        """Attention metadata and slot mapping of a draft step, by layer name.
 
         `metadata` is one object for all steps, moved on by a token in place: a copy for each step
         would take longer than what backends make of it.
@@ -317,15 +353,25 @@ class LayerSkipProposer(DraftModelProposer):
         upper_bound = metadata.seq_lens_cpu_upper_bound
         if upper_bound is not None:
             metadata.seq_lens_cpu_upper_bound = (upper_bound + 1).clamp_(max=self.max_model_len)
+        slot_mappings = {gid: by_step[step] for gid, by_step in slots.slot_mappings.items()}
+        return self.build_metadata(metadata, slot_mappings, step)
+
+    def build_metadata(
+        self,
+        metadata: CommonAttentionMetadata,
+        slot_mappings: dict[int, torch.Tensor],
+        draft_index: int = 0,
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Build the first layers' attention metadata, with slots by KV cache group."""
         attn_metadata: dict[str, Any] = {}
         slot_mapping_by_layer: dict[str, torch.Tensor] = {}
         for group in self.draft_attn_groups:
             gid = group.kv_cache_group_id
-            slot_mapping = slots.slot_mappings[gid][step]
-            metadata.slot_mapping = slot_mapping[: metadata.num_reqs]
+            slot_mapping = slot_mappings[gid]
+            metadata.slot_mapping = slot_mapping[: metadata.num_actual_tokens]
             block_table = self.runner.input_batch.block_table[gid]
             metadata.block_table_tensor = block_table.get_device_tensor(metadata.num_reqs)
-            group_metadata = group.build_metadata_for_drafting(metadata, draft_index=step)
+            group_metadata = group.build_metadata_for_drafting(metadata, draft_index=draft_index)
             attn_metadata |= dict.fromkeys(group.layer_names, group_metadata)
             slot_mapping_by_layer |= dict.fromkeys(group.layer_names, slot_mapping)
         return attn_metadata, slot_mapping_by_layer
@@ -393,3 +439,5 @@ class LayerSkipProposer(DraftModelProposer):
         batch = self._dispatch(min(num_tokens, self.max_num_tokens), use_cudagraphs)
         for _ in range(1 if is_graph_capturing else self.num_speculative_tokens):
             self._run_model(batch, None, slot_mappings or {})
+        if self.verifier is not None:
+            self.verifier.dummy_run(batch)

@@ -27,7 +27,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.utils import AttentionGroup
 
-from layerskip_vllm.config.speculative import LayerSkipConfig
+from layerskip_vllm.config.speculative import LayerSkipConfig, get_layerskip_config
 from layerskip_vllm.drafting.cuda_graphs import DraftCudaGraphs
 from layerskip_vllm.drafting.exit_model import ExitModel
 from layerskip_vllm.drafting.kernels import advance_draft, prepare_draft
@@ -50,6 +50,12 @@ class LayerSkipSpeculator(DraftModelSpeculator):
     draft_attn_layer_names: set[str]
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device):
+        reuse = get_layerskip_config(vllm_config).reuse_exit_states
+        if reuse != "off":
+            raise ValueError(
+                f"reuse_exit_states is {reuse!r}, but Model Runner V2 has no CUDA graphs of a "
+                "verification that begins at the exit yet; leave it out."
+            )
         super().__init__(vllm_config, device)
         self.draft_steps = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
         self.graphs: DraftCudaGraphs | None = None

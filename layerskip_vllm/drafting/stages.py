@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import parallel_state
 
 
 def find_sliceable_model(target: nn.Module) -> nn.Module:
@@ -71,32 +74,76 @@ def _name_of_layers(inner: nn.Module) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class PipelineRank:
+    """What a stage's forward is told of the pipeline: whether it embeds, whether it has the norm.
+
+    A stage that does not come first takes `IntermediateTensors`; one that does not come last gives
+    them.
+    """
+
+    is_first_rank: bool
+    is_last_rank: bool
+
+
+FIRST_RANK = PipelineRank(is_first_rank=True, is_last_rank=False)
+LAST_RANK = PipelineRank(is_first_rank=False, is_last_rank=True)
+
+
 def make_stage(
-    inner: nn.Module, end_layer: int, vllm_config: VllmConfig, is_eager: bool = False
+    inner: nn.Module,
+    layers: range,
+    vllm_config: VllmConfig,
+    rank: PipelineRank | None = None,
+    is_eager: bool = False,
 ) -> nn.Module:
-    """Make the stage of an inner model that runs layers [0, end_layer) and the final norm.
+    """Make the stage of an inner model that runs some of its layers, in turn.
 
     Args:
         inner: The module that runs the layers, such as vLLM's `LlamaModel`.
-        end_layer: Where the stage stops.
+        layers: Which of them.
         vllm_config: The configuration that `inner` was built with.
+        rank: Which rank of a pipeline `run_as` will run it as; None for the whole of one, from
+            the embedding to the norm.
         is_eager: Whether to leave the stage uncompiled where `inner` is compiled.
 
     Returns:
         A module that shares the submodules of `inner`, compiled on its own where `inner` is.
+
+    Raises:
+        ValueError: If there is a rank, and vLLM runs the model through transformers.
     """
     if isinstance(inner, PreTrainedModel):
+        if rank is not None:
+            raise ValueError(
+                f"reuse_exit_states is on, but {type(inner).__name__} runs through transformers, "
+                "whose layers vLLM cannot begin in the middle of; leave it out."
+            )
         name = str(_name_of_layers(inner))
-        stage = _with_child(inner, name, nn.ModuleList(layers_of(inner)[:end_layer]))
+        children = nn.ModuleList(layers_of(inner)[layers.start : layers.stop])
+        stage = _with_child(inner, name, children)
     else:
         stage = copy.copy(inner)  # `_modules` stays the same dict: replaced layers are seen here
-        vars(stage)["end_layer"] = end_layer
+        vars(stage).update(start_layer=layers.start, end_layer=layers.stop)
     is_compiled = not getattr(inner, "do_not_compile", True)
     if is_compiled and is_eager:
         vars(stage)["do_not_compile"] = True
     elif is_compiled:
-        _compile_apart(stage, type(inner), f"exit{end_layer}", vllm_config)
+        kind = {None: "exit", FIRST_RANK: "first", LAST_RANK: "last"}[rank]
+        suffix = f"{kind}{layers.start}to{layers.stop}"
+        _compile_apart(stage, type(inner), suffix, vllm_config)
     return stage
+
+
+@contextmanager
+def run_as(rank: PipelineRank) -> Iterator[None]:
+    """Run a stage as a rank of a pipeline, whose models ask `get_pp_group()` which they are."""
+    group = parallel_state._PP
+    parallel_state._PP = rank  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        parallel_state._PP = group
 
 
 def _compile_apart(

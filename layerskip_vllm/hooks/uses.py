@@ -58,6 +58,28 @@ USES = (
         remove_when="vLLM drops Model Runner V1",
     ),
     Use(
+        module="layerskip_vllm.drafting.verifier",
+        relies_on=(
+            f"{_V1_RUNNER}._model_forward",
+            f"{_V1_RUNNER}.execute_model",
+            f"{_V1_RUNNER}.query_start_loc",
+            f"{_V1_RUNNER}.seq_lens",
+            f"{_V1_RUNNER}.optimistic_seq_lens_cpu",
+            "vllm.v1.worker.gpu_input_batch:InputBatch.spec_token_ids",
+            "vllm.v1.worker.gpu_input_batch:InputBatch.update_req_spec_token_ids",
+            "vllm.v1.core.sched.scheduler:Scheduler._preempt_request",
+            "vllm.v1.core.sched.scheduler:Scheduler.update_draft_token_ids",
+        ),
+        why="verification begins at the exit where drafting has left exit states",
+        reason="A request that has drafts in a step was drafted for in the step before: the "
+        "scheduler gives none to one that is still in its prompt, was preempted or resumes.",
+        process=V1_WORKER,
+        how="Takes the place of the runner's `_model_forward`, which is meant to be overridden, on "
+        "that runner; reads how many tokens and drafts of each request are in the step, and makes "
+        "the first layers' metadata of some tokens of the step's.",
+        remove_when="vLLM drops Model Runner V1",
+    ),
+    Use(
         module="layerskip_vllm.drafting.slots",
         relies_on=(
             "vllm.v1.worker.block_table:MultiGroupBlockTable.__getitem__",
@@ -116,6 +138,7 @@ USES = (
         relies_on=(
             "vllm.compilation.decorators:_support_torch_compile",
             "vllm.compilation.decorators:_try_load_aot_compiled_fn",
+            "vllm.distributed.parallel_state:get_pp_group",
         ),
         why="a model's first layers are compiled on their own, as vLLM compiles the model",
         reason="vLLM keys compiled code by the code object and, on disk, by its qualified name and "
@@ -123,7 +146,8 @@ USES = (
         process=_WORKER,
         how="Copies the module that runs the layers, gives it an end, a class and a `forward` of "
         "its own, and calls `TorchCompileWithNoGuardsWrapper.__init__` on it anew; sets "
-        "`_compile_tag`, drops `aot_compiled_fn`.",
+        "`_compile_tag`, drops `aot_compiled_fn`. While a stage runs, `parallel_state._PP` is the "
+        "rank of a pipeline that it would be.",
         remove_when="vLLM compiles a slice of a model's layers",
     ),
     Use(
@@ -136,9 +160,23 @@ USES = (
         process=_WORKER,
         how="Sees which head the model gives its `LogitsProcessor`, copies some of its rows into a "
         "`ParallelLMHead`, by `shard_indices` and an all-reduce, and runs `compute_logits` of a "
-        "shallow copy of the model that has both for fewer tokens. Puts a call before the model's "
-        "`load_weights`, so that the rows are copied anew whoever loads weights.",
+        "shallow copy of the model that has both for fewer tokens.",
         remove_when="vLLM has draft vocabularies for drafters that share the target's head",
+    ),
+    Use(
+        module="layerskip_vllm.drafting.exit_states",
+        why="exit states have the form of what a rank of a pipeline sends to the next",
+        process=_WORKER,
+        how="Has the model make room for them (`make_empty_intermediate_tensors`), and makes the "
+        "`IntermediateTensors` that its remaining layers take.",
+        remove_when="a model's layers can be run in two parts",
+    ),
+    Use(
+        module="layerskip_vllm.drafting.exit_model",
+        why="what is kept of the target's weights, or of their outputs, is dropped as they change",
+        process=_WORKER,
+        how="Puts a call before the model's `load_weights`, whoever loads weights.",
+        remove_when="vLLM tells drafters that weights have changed",
     ),
     Use(
         module="layerskip_vllm.drafting.lora",
