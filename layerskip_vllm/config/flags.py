@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 METHOD = "layerskip"
+AUTO = "auto"  # the value of K that leaves it to the engine; "auto:N" at most N
 
 # Layerskip's own settings, and the flags that they have beside vLLM's `--speculative-config`.
 FLAG_OF_SETTING = {
@@ -42,9 +43,11 @@ def add_speculative_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     group.add_argument(
         "--num-speculative-tokens",
         dest="spec_tokens",
-        type=int,
+        metavar="K",
+        type=_read_length,
         default=argparse.SUPPRESS,
-        help="The same as --spec-tokens: K, the tokens drafted for each verification.",
+        help="The same as --spec-tokens: K, the tokens drafted for each verification; or `auto`, "
+        "or `auto:N` with the most: at each step as many as pay.",
     )
     group.add_argument(
         "--spec-exit-layer",
@@ -72,6 +75,21 @@ def add_speculative_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         "CPU). Default: off.",
     )
     return parser
+
+
+def _read_length(text: str) -> int | str:
+    """Read K from the command line; "auto" is checked with the other settings."""
+    if is_auto(text):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+
+
+def is_auto(num_speculative_tokens: Any) -> bool:
+    """Return whether K is left to the engine, in a right form or a wrong one."""
+    return isinstance(num_speculative_tokens, str) and num_speculative_tokens.startswith(AUTO)
 
 
 def fold_settings(args: argparse.Namespace) -> argparse.Namespace:
@@ -125,6 +143,12 @@ def is_layerskip(args: EngineArgs) -> bool:
                 f"{key} is a setting of layerskip alone; add 'method': '{METHOD}' to the "
                 f"speculative config {dict(given)!r}, or leave {key} out."
             )
+    for value in (args.spec_tokens, _with_underscores(given).get("num_speculative_tokens")):
+        if is_auto(value):
+            raise ValueError(
+                f"num_speculative_tokens is {value!r}, which layerskip alone takes; it must be an "
+                f"integer, or the speculative method {METHOD!r}."
+            )
     return False
 
 
@@ -175,6 +199,6 @@ def _names_of_method(
     return (*flags, config.get("method"), config.get("model"))
 
 
-def _with_underscores(config: Mapping[str, Any]) -> set[str]:
-    """Return the keys of a speculative config as vLLM's names are written."""
-    return {str(key).replace("-", "_") for key in config}
+def _with_underscores(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a speculative config whose keys are as vLLM's names are written."""
+    return {str(key).replace("-", "_"): value for key, value in config.items()}

@@ -27,6 +27,7 @@ def publish_info(stat_logger: PrometheusStatLogger) -> None:
         "exit_layer_source": config.exit_layer_source,
         "num_speculative_tokens": str(config.num_speculative_tokens),
         "num_speculative_tokens_source": config.num_speculative_tokens_source,
+        "is_length_auto": str(config.is_length_auto).lower(),
         "num_layers": str(config.target_model_config.get_total_num_hidden_layers()),
         "exit_adapter": config.exit_adapter or "",
         "draft_vocab_size": str(config.draft_vocab_size),

@@ -14,7 +14,7 @@ from vllm.config.speculative import SpeculativeConfig
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
 from layerskip_vllm.checkpoint.entry import check_positive_int
-from layerskip_vllm.config.flags import FLAG_OF_SETTING
+from layerskip_vllm.config.flags import AUTO, FLAG_OF_SETTING
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -60,9 +60,10 @@ def check_settings(settings: Mapping[str, Any], has_lora: bool) -> None:
         raise ValueError(
             f"{key!r} is not a setting of layerskip; known are {', '.join(sorted(KNOWN_KEYS))}."
         )
-    for key in ("exit_layer", "num_speculative_tokens"):
-        if key in settings:
-            check_positive_int(key, settings[key])
+    if "exit_layer" in settings:
+        check_positive_int("exit_layer", settings["exit_layer"])
+    if "num_speculative_tokens" in settings:
+        check_length(settings["num_speculative_tokens"])
     for key, what in (("exit_adapter", "folder"), ("draft_vocab", "file")):
         if key in settings and not isinstance(settings[key], str):
             raise ValueError(f"{key} is {settings[key]!r}; it must be the path of a {what}.")
@@ -108,6 +109,39 @@ def check_reuse(
                 f"reuse_exit_states is {reuse!r} and {name} is {value!r}, but {reason}; leave one "
                 "of them out."
             )
+
+
+def check_length(num_speculative_tokens: Any) -> None:
+    """Refuse a K that is neither a number nor "auto", with the most that it may be or without."""
+    number = num_speculative_tokens
+    if isinstance(number, str):
+        auto, _, most = number.partition(":")
+        if number != AUTO and not (auto == AUTO and most.isdecimal() and int(most) > 0):
+            raise ValueError(
+                f"num_speculative_tokens is {number!r}; it must be an integer of at least 1, "
+                f"'{AUTO}', or '{AUTO}:8', whose 8 is the most that a step drafts."
+            )
+    else:
+        check_positive_int("num_speculative_tokens", number)
+
+
+def check_auto_length(
+    settings: Mapping[str, Any], parallel_config: ParallelConfig, model_config: ModelConfig
+) -> None:
+    """Refuse what K "auto" cannot go together with."""
+    length = settings["num_speculative_tokens"]
+    name = "num_speculative_tokens_per_batch_size"
+    if name in settings:
+        raise ValueError(
+            f"num_speculative_tokens is {length!r} and {name} is {settings[name]!r}, but both say "
+            "how many tokens a batch drafts; leave one of them out."
+        )
+    if model_config.is_moe and parallel_config.data_parallel_size > 1:
+        raise ValueError(
+            f"num_speculative_tokens is {length!r} and data_parallel_size is "
+            f"{parallel_config.data_parallel_size}, but the ranks of a mixture of experts must "
+            "draft alike, and each would choose for itself; give a number."
+        )
 
 
 def _check_sampling(settings: Mapping[str, Any], has_lora: bool) -> None:

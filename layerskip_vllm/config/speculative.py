@@ -18,9 +18,10 @@ from vllm.logger import init_logger
 from layerskip_vllm.checkpoint.draft_vocab import read_draft_vocab
 from layerskip_vllm.checkpoint.entry import DraftSettings, Setting, default_settings
 from layerskip_vllm.checkpoint.exit_adapter import read_exit_adapter_config
-from layerskip_vllm.config.flags import METHOD, read_settings
+from layerskip_vllm.config.flags import METHOD, is_auto, read_settings
 from layerskip_vllm.config.refusals import (
     check_adaptive_verification,
+    check_auto_length,
     check_draft,
     check_draft_vocab,
     check_engine,
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 logger = init_logger("vllm.layerskip")
+
+# The most tokens that a step drafts where K is "auto" and neither user nor checkpoint says more.
+LONGEST_AUTO_DRAFT = 8
 
 
 @config
@@ -57,6 +61,9 @@ class LayerSkipConfig(SpeculativeConfig):
 
     num_speculative_tokens_source: str = field(default="", compare=False)
     """Where K comes from, in words."""
+
+    is_length_auto: bool = False
+    """Whether K is only the most that a step drafts, and each drafts as many tokens as pay."""
 
     exit_adapter: str | None = None
     """The folder of the adapter between the exit and the head, None for the plain exit."""
@@ -99,8 +106,19 @@ class LayerSkipConfig(SpeculativeConfig):
         names = ["exit_layer", "num_speculative_tokens"]
         names += [name for name in ("exit_adapter", "draft_vocab") if getattr(self, name)]
         names += ["reuse_exit_states"] if self.reuse_exit_states != "off" else []
-        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        shown = {name: repr(getattr(self, name)) for name in names}
+        shown["num_speculative_tokens"] = self.describe_length()
+        values = ", ".join(f"{name}={value}" for name, value in shown.items())
         return f"LayerSkipConfig({values})"
+
+    def describe_length(self) -> str:
+        """Return K in words: a number, or what it is at most."""
+        num_speculative_tokens = str(self.num_speculative_tokens)
+        return (
+            f"auto, up to {num_speculative_tokens}"
+            if self.is_length_auto
+            else num_speculative_tokens
+        )
 
 
 def get_layerskip_config(vllm_config: VllmConfig) -> LayerSkipConfig:
@@ -139,6 +157,12 @@ def create_layerskip_config(
         check_draft_vocab(file, draft_vocab, model_config)
         settings["draft_vocab"] = str(file)
         draft_vocab_size = len(draft_vocab.token_ids)
+    is_length_auto = is_auto(settings.get("num_speculative_tokens"))
+    if is_length_auto:
+        check_auto_length(settings, parallel_config, model_config)
+        settings["num_speculative_tokens"] = _longest_draft(
+            settings["num_speculative_tokens"], draft, model_config
+        )
     given = {key: settings.pop(key) for key in vars(draft) if key in settings}
     draft = replace(draft, **{key: Setting(value, "the user") for key, value in given.items()})
     check_draft(draft, model_config)
@@ -150,17 +174,27 @@ def create_layerskip_config(
         exit_layer_source=draft.exit_layer.source,
         num_speculative_tokens=draft.num_speculative_tokens.value,
         num_speculative_tokens_source=draft.num_speculative_tokens.source,
+        is_length_auto=is_length_auto,
         draft_vocab_size=draft_vocab_size,
         **settings,
     )
     logger.info(
-        "layerskip: exit_layer=%d (from %s), num_speculative_tokens=%d (from %s)",
+        "layerskip: exit_layer=%d (from %s), num_speculative_tokens=%s (from %s)",
         speculative_config.exit_layer,
         speculative_config.exit_layer_source,
-        speculative_config.num_speculative_tokens,
+        speculative_config.describe_length(),
         speculative_config.num_speculative_tokens_source,
     )
     return speculative_config
+
+
+def _longest_draft(length: str, draft: DraftSettings, model_config: ModelConfig) -> int:
+    """Return the most tokens that a step drafts where K is "auto"."""
+    _, _, most = length.partition(":")
+    if most:
+        return int(most)
+    longest = max(LONGEST_AUTO_DRAFT, draft.num_speculative_tokens.value)
+    return min(longest, max(1, model_config.max_model_len - 1))
 
 
 def _adapter_settings(

@@ -20,12 +20,13 @@ def log_drafting(model: ExitModel, config: LayerSkipConfig, runner: str, graphs:
     parts = [f"layers {shares.layers:.1%}", f"{head} {shares.head:.1%}"]
     if adapter is not None:
         parts.append(f"exit adapter of rank {adapter.config.rank} {shares.adapter:.1%}")
+    longest = config.num_speculative_tokens
     logger.info_once(
-        "layerskip is on: layers [0, %d) of %d draft %d tokens a step; a draft step reads %.1f %% "
+        "layerskip is on: layers [0, %d) of %d draft %s tokens a step; a draft step reads %.1f %% "
         "of the model's bytes (%s); Model Runner %s; CUDA graphs: %s",
         config.exit_layer,
         len(layers_of(model.inner)),
-        config.num_speculative_tokens,
+        f"up to {longest}" if config.is_length_auto else longest,
         100 * shares.total,
         ", ".join(parts).replace("%", " %"),
         runner,

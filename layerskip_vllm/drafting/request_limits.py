@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from layerskip_vllm.config.request import max_num_drafts
+from layerskip_vllm.drafting.auto_length import choose_length
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -52,19 +53,20 @@ def limit_step(scheduler: Scheduler, output: SchedulerOutput) -> None:
     """Have a step that has been scheduled draft as many tokens as its requests ask for, at most.
 
     That is what the one that takes the most does, or none at all; a request in the middle of its
-    prompt takes none.
+    prompt takes none. Where K is "auto" it may be fewer, as many as pay.
 
     Args:
         scheduler: The scheduler of the step.
         output: The step; changed in place.
     """
-    longest = max(
-        (
-            _num_to_draft(scheduler, scheduler.requests[req_id], num_tokens)
-            for req_id, num_tokens in output.num_scheduled_tokens.items()
-        ),
-        default=0,
-    )
+    limits = {
+        req_id: limit
+        for req_id, num_tokens in output.num_scheduled_tokens.items()
+        if (limit := _num_to_draft(scheduler, scheduler.requests[req_id], num_tokens)) is not None
+    }
+    longest = max(limits.values(), default=0)
+    if limits:
+        longest = min(longest, choose_length(scheduler, limits))
     # Data-parallel ranks must run as many draft steps as one another.
     if scheduler.parallel_config.data_parallel_size == 1:
         output.num_spec_tokens_to_schedule = min(output.num_spec_tokens_to_schedule, longest)
@@ -72,10 +74,13 @@ def limit_step(scheduler: Scheduler, output: SchedulerOutput) -> None:
         output.skip_drafts = True  # since vLLM 0.33; data-parallel ranks agree on it
 
 
-def _num_to_draft(scheduler: Scheduler, request: Request, num_scheduled_tokens: int) -> int:
-    """Count how many tokens a request drafts at most, after a step that runs so many of its own."""
+def _num_to_draft(scheduler: Scheduler, request: Request, num_scheduled_tokens: int) -> int | None:
+    """Count how many tokens a request drafts at most, after a step that runs so many of its own.
+
+    None in the middle of its prompt.
+    """
     num_computed = request.num_computed_tokens + num_scheduled_tokens
     if num_computed < request.num_tokens + request.num_output_placeholders:
-        return 0
+        return None
     limit = max_num_drafts(request.sampling_params)
     return scheduler.num_spec_tokens if limit is None else limit

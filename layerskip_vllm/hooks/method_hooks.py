@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.metrics.loggers import PrometheusStatLogger
+    from vllm.v1.outputs import ModelRunnerOutput
 
 REGISTRY = "vllm.v1.spec_decode.registry"
 # What of a registry the plugin needs; another registry may have the same name.
@@ -227,6 +228,30 @@ def _update_after_schedule(original: Any) -> Any:
 
 
 @_hook(
+    target=f"{_SCHEDULER}.update_from_output",
+    why='with K "auto", what steps take and which drafts are accepted says how many pay',
+    reason="All of it passes here: a step that has ended, what it verified and what it sampled.",
+    process="the engine core",
+    remove_when="vLLM chooses K by acceptance and cost, or with `after_step` of the registry in "
+    "the diff",
+)
+def _update_from_output(original: Any) -> Any:
+    """Wrap it: where K is "auto", learn from the step before its tokens are taken in."""
+
+    @functools.wraps(original)
+    def update_from_output(
+        self: Scheduler, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> Any:
+        if _is_config(self.vllm_config.speculative_config):
+            from layerskip_vllm.drafting.auto_length import observe_step
+
+            observe_step(self, scheduler_output, model_runner_output)
+        return original(self, scheduler_output, model_runner_output)
+
+    return update_from_output
+
+
+@_hook(
     target=f"{_V1_DRAFT}.__new__",
     is_new=True,
     relies_on=(
@@ -388,6 +413,7 @@ def register_method() -> None:
     from layerskip_vllm.config.info_metric import publish_info
     from layerskip_vllm.config.request import check_request
     from layerskip_vllm.config.speculative import create_layerskip_config
+    from layerskip_vllm.drafting.auto_length import observe_step
     from layerskip_vllm.drafting.request_limits import limit_drafts, limit_step
 
     registry = importlib.import_module(REGISTRY)
@@ -403,6 +429,7 @@ def register_method() -> None:
             publish_info=publish_info,
             before_schedule=limit_drafts,
             after_schedule=limit_step,
+            after_step=observe_step,
             after_weights_change=_after_weights_change,
         ),
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import vllm
@@ -16,6 +18,7 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+from layerskip_vllm.drafting import auto_length
 from tests.support.child_engines import engine, shared_engine
 from tests.support.scenarios import GREEDY, Completion, Output, Report, Request, Scenario, Step
 
@@ -73,6 +76,7 @@ class Server:
         self.num_accepted_per_pos: list[int] = []
         self._record_steps()
         self._record_counts()
+        self._force_lengths(scenario.lengths)
 
     def run(self) -> Report:
         """Run all phases."""
@@ -204,6 +208,15 @@ class Server:
             return output
 
         scheduler.schedule = recorded
+
+    def _force_lengths(self, lengths: Sequence[int]) -> None:
+        chosen = itertools.cycle(lengths)
+        auto_length._lengths.pop(self.core.scheduler, None)
+        if lengths:
+            forced: Any = SimpleNamespace(
+                choose=lambda limits: next(chosen), observe=lambda *a: None, forget=lambda ids: None
+            )
+            auto_length._lengths[self.core.scheduler] = forced
 
     def _record_counts(self) -> None:
         """Add up what vLLM makes its metrics of, which it exports for the last engine alone."""

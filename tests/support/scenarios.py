@@ -59,6 +59,7 @@ class Scenario:
         engine: More arguments of vLLM's `LLM`.
         is_async: Whether to schedule asynchronously, which vLLM never does on the CPU; if None,
             drafts do on Model Runner V2, as on GPUs.
+        lengths: What K "auto" is at each step, again and again, in the place of what pays.
     """
 
     model: str
@@ -66,6 +67,7 @@ class Scenario:
     speculative: Mapping[str, Any] | None = None
     engine: Mapping[str, Any] = field(default_factory=dict)
     is_async: bool | None = None
+    lengths: tuple[int, ...] = ()
 
     def plain(self) -> Scenario:
         """The same without speculation, and without what is only understood with it."""
@@ -78,7 +80,14 @@ class Scenario:
             )
             for r in self.requests
         )
-        return replace(self, requests=requests, speculative=None, engine=engine, is_async=False)
+        return replace(
+            self,
+            requests=requests,
+            speculative=None,
+            engine=engine,
+            is_async=False,
+            lengths=(),
+        )
 
 
 def layerskip(exit_layer: int, num_speculative_tokens: int, **settings: Any) -> dict[str, Any]:

@@ -94,6 +94,7 @@ class LayerSkipInfo(BaseModel, frozen=True):
     exit_layer_source: str
     num_speculative_tokens: int  # K
     num_speculative_tokens_source: str
+    is_length_auto: bool = False  # whether a step drafts as many as pay, K at most
     num_layers: int  # all of the target's
     exit_adapter: str  # its folder; empty without one
     draft_vocab_size: int  # how many tokens drafts choose among

@@ -37,8 +37,9 @@ def draw(url: str, intervals: Sequence[Interval], draft_share: float | None) -> 
 
 def _describe_info(info: LayerSkipInfo) -> str:
     adapter = f"\nexit adapter {info.exit_adapter}" if info.exit_adapter else ""
+    most = "up to " if info.is_length_auto else ""
     return (
-        f"layers [0, {info.exit_layer}) of {info.num_layers} draft "
+        f"layers [0, {info.exit_layer}) of {info.num_layers} draft {most}"
         f"{info.num_speculative_tokens} tokens of {info.draft_vocab_size:,}{adapter}\n"
         f"E is from {info.exit_layer_source}, K from {info.num_speculative_tokens_source}\n"
     )

@@ -71,6 +71,22 @@ def test_flags_choose_the_draft_when_spelled_in_any_way(
     assert chosen(parse(*flags.split())) == expected
 
 
+@pytest.mark.parametrize(
+    ("flags", "most"),
+    [
+        ("--speculative-model=layerskip --num-speculative-tokens=auto", 8),
+        ("--speculative-model=layerskip --num-speculative-tokens auto:5", 5),
+        ("-sc.method layerskip -sc.num_speculative_tokens auto:6", 6),
+    ],
+)
+def test_flag_leaves_the_length_to_the_engine_when_it_is_auto(
+    parse: Parse, flags: str, most: int
+) -> None:
+    config = parse(*flags.split())
+    assert config.is_length_auto
+    assert chosen(config) == (2, most)
+
+
 def test_flags_choose_the_draft_when_given_as_json(parse: Parse) -> None:
     config = {"method": "layerskip", "exit_layer": 4, "num_speculative_tokens": 6}
     assert chosen(parse("--speculative-config", json.dumps(config))) == (4, 6)

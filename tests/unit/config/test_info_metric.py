@@ -40,12 +40,18 @@ def test_engine_says_what_drafts_when_its_metrics_start(publish: Publish) -> Non
             "exit_layer_source": "the user",
             "num_speculative_tokens": "4",
             "num_speculative_tokens_source": "the default",
+            "is_length_auto": "false",
             "num_layers": "8",
             "exit_adapter": "",
             "draft_vocab_size": "256",
             "engine": "0",
         }
     ]
+
+
+def test_engine_says_the_most_when_the_length_is_auto(publish: Publish) -> None:
+    (labels,) = publish({"method": "layerskip", "num_speculative_tokens": "auto:6"})
+    assert (labels["num_speculative_tokens"], labels["is_length_auto"]) == ("6", "true")
 
 
 def test_engines_say_it_each_when_there_are_several(publish: Publish, tmp_path: Path) -> None:

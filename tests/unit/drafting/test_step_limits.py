@@ -13,6 +13,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.dp_utils import DPSyncState
 
+from layerskip_vllm.config.speculative import LayerSkipConfig
 from layerskip_vllm.drafting import speculator
 from layerskip_vllm.drafting.request_limits import limit_step
 from layerskip_vllm.drafting.speculator import LayerSkipSpeculator
@@ -32,9 +33,12 @@ def scheduled(num_ranks: int, *limits: int, num_prompt_tokens: int = 5) -> Sched
         )
         for i, n in enumerate(limits)
     }
+    config = object.__new__(LayerSkipConfig)
+    config.num_speculative_tokens = K
     scheduler: Any = SimpleNamespace(
         requests=requests,
         num_spec_tokens=K,
+        vllm_config=SimpleNamespace(speculative_config=config),
         parallel_config=SimpleNamespace(data_parallel_size=num_ranks),
     )
     output = SchedulerOutput.make_empty()
