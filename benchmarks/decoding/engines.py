@@ -118,13 +118,21 @@ def load(engine_args: dict[str, Any]) -> Facts:
 
 
 def run_round(
-    prompts: list[list[int]], max_tokens: int, temperature: float
+    prompts: list[list[int]],
+    max_tokens: int,
+    temperature: float,
+    extra_args: dict[str, Any] | None = None,
 ) -> tuple[Measurement, Facts]:
-    """Decode a batch to its full length."""
+    """Decode a batch to its full length, with such arguments of layerskip's in each request."""
     from vllm import SamplingParams, TokensPrompt
 
     sampling = SamplingParams(
-        temperature=temperature, max_tokens=max_tokens, ignore_eos=True, detokenize=False, seed=0
+        temperature=temperature,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        seed=0,
+        extra_args=extra_args,
     )
     before, cpu_s = SpecDecodeCounters.read_own(), time.process_time()
     outputs = _llm.generate(

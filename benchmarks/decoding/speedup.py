@@ -131,7 +131,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--draft-vocab", type=Path, help="the file for systems with +draft_vocab")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--dtype", choices=sorted(BYTES_PER_WEIGHT), default="bfloat16")
+    parser.add_argument(
+        "--dtype",
+        choices=sorted(BYTES_PER_WEIGHT),
+        help="default: bfloat16, on a CPU that emulates it float32",
+    )
     parser.add_argument(
         "--enforce-eager", action="store_true", help="no torch.compile, no CUDA graphs"
     )
@@ -159,6 +163,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.model and (options.preset or options.dummy_weights):
         raise ValueError("--model excludes --preset and --dummy-weights; leave one out.")
     options.preset = options.preset or ("gpu-1b" if is_on_gpu else "cpu-0.6b")
+    options.dtype = options.dtype or _choose_dtype(is_on_gpu)
     options.max_tokens = options.max_tokens or (512 if is_on_gpu else 128)
     if options.engine_process is None:
         options.engine_process = is_on_gpu
@@ -197,6 +202,15 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def _choose_dtype(is_on_gpu: bool) -> str:
+    import torch
+
+    from layerskip_vllm.drafting.cpu_dtypes import is_emulated
+
+    device_type = "cuda" if is_on_gpu else "cpu"
+    return "float32" if is_emulated(torch.bfloat16, device_type) else "bfloat16"
+
+
 def prepare_checkpoint(options: argparse.Namespace) -> SyntheticCheckpoint:
     """Make the checkpoint in a process of its own, so that no engine shares its memory."""
     if options.model:
@@ -225,12 +239,7 @@ def time_engines(
     results: dict[Load, dict[str, list[Measurement]]] = {}
     for load in find_loads(options):
         size = load.batch_size
-        num_prompts, num_tokens = size * (options.repeats + 1), load.num_prompt_tokens
-        if options.model:
-            prompts = make_code_prompts(options.model, num_prompts, num_tokens)
-        else:
-            vocab_size = checkpoint.config["vocab_size"]
-            prompts = make_prompts(vocab_size, num_prompts, num_tokens, options.seed + 1)
+        prompts = draw_prompts(options, checkpoint, load)
         by_system: dict[str, list[Measurement]] = {engine.system: [] for engine in engines}
         for engine in engines:
             engine.run_round(prompts[-size:], NUM_WARM_UP_TOKENS, options.temperature)
@@ -241,6 +250,17 @@ def time_engines(
                 by_system[engine.system].append(measurement)
         results[load] = by_system
     return results
+
+
+def draw_prompts(
+    options: argparse.Namespace, checkpoint: SyntheticCheckpoint, load: Load
+) -> list[list[int]]:
+    """Return prompts for all rounds of a load and for one more."""
+    num_prompts, num_tokens = load.batch_size * (options.repeats + 1), load.num_prompt_tokens
+    if options.model:
+        return make_code_prompts(options.model, num_prompts, num_tokens)
+    vocab_size = checkpoint.config["vocab_size"]
+    return make_prompts(vocab_size, num_prompts, num_tokens, options.seed + 1)
 
 
 def time_all_steps(

@@ -6,6 +6,7 @@ from vllm.logger import init_logger
 
 from layerskip_vllm.config.speculative import LayerSkipConfig
 from layerskip_vllm.drafting.bytes_read import share_of_bytes
+from layerskip_vllm.drafting.cpu_dtypes import is_emulated
 from layerskip_vllm.drafting.exit_model import ExitModel
 from layerskip_vllm.drafting.stages import layers_of
 
@@ -20,6 +21,15 @@ def log_drafting(model: ExitModel, config: LayerSkipConfig, runner: str, graphs:
     parts = [f"layers {shares.layers:.1%}", f"{head} {shares.head:.1%}"]
     if adapter is not None:
         parts.append(f"exit adapter of rank {adapter.config.rank} {shares.adapter:.1%}")
+    dtype, device_type = (
+        config.target_model_config.dtype,
+        next(model.target.parameters()).device.type,
+    )
+    if is_emulated(dtype, device_type):
+        logger.warning_once(
+            "%s is emulated on this CPU: drafts may cost more than they gain; float32 is faster",
+            str(dtype).removeprefix("torch."),
+        )
     longest = config.num_speculative_tokens
     logger.info_once(
         "layerskip is on: layers [0, %d) of %d draft %s tokens a step; a draft step reads %.1f %% "

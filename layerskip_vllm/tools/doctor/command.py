@@ -49,8 +49,9 @@ class DoctorCommand(Command):
     exit_layer: Annotated[int | None, Option(metavar="E")] = Field(
         default=None, description="the layers that draft"
     )
-    num_speculative_tokens: Annotated[int | None, Option(metavar="K")] = Field(
-        default=None, description="the tokens drafted for each step"
+    num_speculative_tokens: Annotated[str | None, Option(metavar="K")] = Field(
+        default=None,
+        description="the tokens drafted for each step, or `auto`",
     )
     draft_vocab: Annotated[str | None, Option(metavar="FILE")] = Field(
         default=None, description="the tokens that drafts choose among"
@@ -73,6 +74,8 @@ class DoctorCommand(Command):
             examine_devices(report)
             settings = {"exit_layer", "num_speculative_tokens", "draft_vocab"}
             given = self.model_dump(include=settings, exclude_none=True)
+            if (length := self.num_speculative_tokens) and length.isdecimal():
+                given["num_speculative_tokens"] = int(length)
             if self.model is not None:
                 examine_checkpoint(report, self.model, given)
             elif given:
@@ -191,11 +194,20 @@ def examine_checkpoint(report: DoctorReport, model: str, given: dict[str, Any]) 
 
 
 def _describe_draft(report: DoctorReport, vllm_config: VllmConfig) -> None:
+    from layerskip_vllm.drafting.cpu_dtypes import is_emulated
+
     model_config = vllm_config.model_config
     draft = cast("LayerSkipConfig", vllm_config.speculative_config)
+    device_type = vllm_config.device_config.device_type
+    dtype = str(model_config.dtype).removeprefix("torch.")
+    if is_emulated(model_config.dtype, device_type):
+        dtype += ", which this CPU emulates: float32 is faster, and drafts may not pay with it"
+    report.checkpoint["dtype"] = dtype
     report.checkpoint["exit_layer"] = draft.exit_layer
     report.checkpoint["exit_layer from"] = draft.exit_layer_source
-    report.checkpoint["num_speculative_tokens"] = draft.num_speculative_tokens
+    report.checkpoint["num_speculative_tokens"] = (
+        draft.describe_length() if draft.is_length_auto else draft.num_speculative_tokens
+    )
     report.checkpoint["num_speculative_tokens from"] = draft.num_speculative_tokens_source
     num_layers = model_config.get_total_num_hidden_layers()
     shares = read_shares(find_folder(model_config.model), num_layers, draft.exit_layer)

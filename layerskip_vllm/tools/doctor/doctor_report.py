@@ -48,7 +48,7 @@ def _hook_rows(report: DoctorReport) -> list[tuple[str, str]]:
 def _checkpoint_rows(checkpoint: dict[str, Any]) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = [
         (key, str(checkpoint[key]))
-        for key in ("model", "architecture", "layers", "draft")
+        for key in ("model", "architecture", "layers", "dtype", "draft")
         if key in checkpoint
     ]
     for key in ("exit_layer", "num_speculative_tokens"):

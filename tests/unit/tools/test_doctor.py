@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from layerskip_vllm.checkpoint.weight_shares import read_shares
+from layerskip_vllm.drafting import cpu_dtypes
 from layerskip_vllm.hooks import install as hooks
 from layerskip_vllm.hooks import method_hooks, vllm_source
 from layerskip_vllm.plugin import LEDGER
@@ -81,6 +82,31 @@ def test_doctor_says_what_it_would_pick_when_a_checkpoint_is_named(
     assert picked["exit_layer from"] == "the checkpoint's config.json"
     assert picked["num_speculative_tokens from"] == "the user"
     assert picked["shares from"] == "the headers of the safetensors files"
+
+
+def test_doctor_says_how_much_is_drafted_at_most_when_that_is_auto(
+    doctor: Doctor, checkpoint: Callable[..., Path]
+) -> None:
+    status, report = doctor(str(checkpoint("llama")), "--num-speculative-tokens", "auto:6")
+    assert status == 0
+    assert report["checkpoint"]["num_speculative_tokens"] == "auto, up to 6"
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_doctor_says_that_a_data_type_is_emulated_when_the_cpu_does_not_have_it(
+    doctor: Doctor,
+    checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    is_native: bool,
+) -> None:
+    flags = {"avx512f", *(["avx512_bf16"] if is_native else [])}
+    monkeypatch.setattr(cpu_dtypes, "_read_flags", lambda: flags)
+    monkeypatch.setattr(cpu_dtypes.platform, "machine", lambda: "x86_64")
+    _, report = doctor(str(checkpoint("llama", dtype="bfloat16")))
+    assert report["checkpoint"]["dtype"].startswith("bfloat16")
+    assert ("emulates" in report["checkpoint"]["dtype"]) != is_native
+    _, report = doctor(str(checkpoint("llama", dtype="float32")))
+    assert report["checkpoint"]["dtype"] == "float32"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied"])

@@ -1,0 +1,123 @@
+"""Measures K "auto" beside plain vLLM and beside each fixed K, in turns, for good or bad drafts.
+
+Two engines take turns: plain vLLM and one with K "auto". A fixed K is the same engine, whose
+requests ask for it and which chooses nothing meanwhile; what "auto" has learned it keeps.
+Prefill is left out, as in `speedup`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.decoding import engines
+from benchmarks.decoding.engines import Engine, Measurement, run_engines
+from benchmarks.decoding.speedup import (
+    LOG_FOLDER,
+    draw_prompts,
+    parse_options,
+    prepare_checkpoint,
+)
+from benchmarks.decoding.systems import find_loads, make_engine_args
+from layerskip_vllm.tools.hardware import describe_hardware
+from layerskip_vllm.tools.output import make_console, write_json
+
+PLAIN, AUTO = "plain", "auto"
+LENGTHS = (1, 2, 4, 8)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the table and return the exit status."""
+    options = parse_options(arguments)
+    checkpoint = prepare_checkpoint(options)
+    auto = make_engine_args("layerskip", options, checkpoint)
+    auto["speculative_config"]["num_speculative_tokens"] = f"auto:{max(LENGTHS)}"
+    all_args = {PLAIN: make_engine_args(PLAIN, options, checkpoint), AUTO: auto}
+    console = make_console()
+    with run_engines(all_args, LOG_FOLDER) as (plain, drafting):
+        model = options.model or options.preset
+        console.print(f"{describe_hardware()}; {model}, {options.dtype}", soft_wrap=True)
+        results: dict[int, dict[str, list[Measurement]]] = {}
+        for load in find_loads(options):
+            prompts = draw_prompts(options, checkpoint, load)
+            results[load.batch_size] = time_batch(plain, drafting, prompts, options)
+            if options.output:
+                rates = {size: to_rates(rounds) for size, rounds in results.items()}
+                write_json(options.output, rates)
+    console.print(make_table(results))
+    return 0
+
+
+def time_batch(
+    plain: Engine,
+    drafting: Engine,
+    prompts: Sequence[list[int]],
+    options: argparse.Namespace,
+) -> dict[str, list[Measurement]]:
+    """Run the rounds of a batch size; the first of them, in which "auto" learns, is not counted."""
+    names = [PLAIN, *map(str, LENGTHS), AUTO]
+    rounds: dict[str, list[Measurement]] = {name: [] for name in names}
+    batch_size = len(prompts) // (options.repeats + 1)
+    for repeat in range(options.repeats + 1):
+        batch = list(prompts[repeat * batch_size : (repeat + 1) * batch_size])
+        for name in names:
+            if name == PLAIN:
+                measurement = plain.run_round(batch, options.max_tokens, options.temperature)
+            else:
+                length = None if name == AUTO else int(name)
+                measurement = drafting.call(
+                    "benchmarks.decoding.draft_length:run_length", batch, options.max_tokens, length
+                )
+            if repeat > 0:
+                rounds[name].append(measurement)
+    return rounds
+
+
+def run_length(prompts: list[list[int]], max_tokens: int, length: int | None) -> Measurement:
+    """Decode a batch in the engine's process, with a fixed K or with what "auto" chooses."""
+    config: Any = engines._llm.llm_engine.vllm_config.speculative_config
+    config.is_length_auto = length is None
+    extra_args = None if length is None else {"layerskip": {"num_speculative_tokens": length}}
+    measurement, _ = engines.run_round(prompts, max_tokens, temperature=0.0, extra_args=extra_args)
+    return measurement
+
+
+def to_rates(rounds: Mapping[str, Sequence[Measurement]]) -> dict[str, list[float]]:
+    """Return the tokens a second of each round, by what decoded."""
+    return {name: [each.tokens_per_s for each in lines] for name, lines in rounds.items()}
+
+
+def make_table(results: Mapping[int, Mapping[str, Sequence[Measurement]]]) -> Table:
+    """Return the table: medians of the ratios to plain's and the best fixed K's round of a turn."""
+    headings = ("batch", "plain tokens/s", *(f"K = {k}" for k in LENGTHS), AUTO, "of best K")
+    table = Table(*headings, "drafts", "accepted", title="times plain, by number of drafts")
+    for size, rounds in results.items():
+        rates = to_rates(rounds)
+        ratios = {name: _median_ratio(each, rates[PLAIN]) for name, each in rates.items()}
+        best = max(map(str, LENGTHS), key=ratios.__getitem__)
+        counters = [each.counters for each in rounds[AUTO]]
+        drafted = sum(each.num_draft_tokens for each in counters)
+        accepted = sum(each.num_accepted_tokens for each in counters)
+        table.add_row(
+            str(size),
+            f"{statistics.median(rates[PLAIN]):.1f}",
+            *(f"{ratios[str(k)]:.2f}" for k in LENGTHS),
+            f"{ratios[AUTO]:.2f}",
+            f"{_median_ratio(rates[AUTO], rates[best]):.2f} ({best})",
+            f"{drafted / max(1, sum(each.num_drafts for each in counters)):.1f}",
+            f"{accepted / max(1, drafted):.0%}",
+        )
+    return table
+
+
+def _median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
