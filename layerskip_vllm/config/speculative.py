@@ -113,12 +113,8 @@ class LayerSkipConfig(SpeculativeConfig):
 
     def describe_length(self) -> str:
         """Return K in words: a number, or what it is at most."""
-        num_speculative_tokens = str(self.num_speculative_tokens)
-        return (
-            f"auto, up to {num_speculative_tokens}"
-            if self.is_length_auto
-            else num_speculative_tokens
-        )
+        length = str(self.num_speculative_tokens)
+        return f"auto, up to {length}" if self.is_length_auto else length
 
 
 def get_layerskip_config(vllm_config: VllmConfig) -> LayerSkipConfig:

@@ -55,19 +55,16 @@ def observe_step(
     if lengths is None:
         return
     results, is_decode = {}, True
+    sampled = model_output.sampled_token_ids
     invalid = output.num_invalid_spec_tokens or {}
     for req_id, num_tokens in output.num_scheduled_tokens.items():
         num_drafts = len(output.scheduled_spec_decode_tokens.get(req_id, ()))
         is_decode &= num_tokens == 1 + num_drafts
         if req_id not in scheduler.requests:
             continue  # aborted meanwhile
-        sampled = model_output.sampled_token_ids
-        token_ids = sampled[model_output.req_id_to_index[req_id]] if sampled else ()
-        if not len(token_ids):
-            num_drafts = 0
-        results[req_id] = DraftResult(
-            num_drafts - invalid.get(req_id, 0), max(0, len(token_ids) - 1)
-        )
+        num_sampled = len(sampled[model_output.req_id_to_index[req_id]]) if sampled else 0
+        num_drafts = num_drafts - invalid.get(req_id, 0) if num_sampled else 0
+        results[req_id] = DraftResult(num_drafts, max(0, min(num_drafts, num_sampled - 1)))
     lengths.observe(output.num_spec_tokens_to_schedule, results, is_decode)
     lengths.forget(output.finished_req_ids)
 

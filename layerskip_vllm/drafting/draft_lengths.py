@@ -83,6 +83,7 @@ class DraftLengths:
             and self._last is not None
             and last.num_drafts == num_drafts
             and self._last.request_ids <= last.request_ids
+            and now > last.ended_at
         ):
             self._times.observe(len(results), num_drafts, now - last.ended_at)
             self._num_waits = 0

@@ -21,11 +21,8 @@ def log_drafting(model: ExitModel, config: LayerSkipConfig, runner: str, graphs:
     parts = [f"layers {shares.layers:.1%}", f"{head} {shares.head:.1%}"]
     if adapter is not None:
         parts.append(f"exit adapter of rank {adapter.config.rank} {shares.adapter:.1%}")
-    dtype, device_type = (
-        config.target_model_config.dtype,
-        next(model.target.parameters()).device.type,
-    )
-    if is_emulated(dtype, device_type):
+    dtype = config.target_model_config.dtype
+    if is_emulated(dtype, next(model.target.parameters()).device.type):
         logger.warning_once(
             "%s is emulated on this CPU: drafts may cost more than they gain; float32 is faster",
             str(dtype).removeprefix("torch."),
