@@ -130,12 +130,15 @@ def check_auto_length(
 ) -> None:
     """Refuse what K "auto" cannot go together with."""
     length = settings["num_speculative_tokens"]
-    name = "num_speculative_tokens_per_batch_size"
-    if name in settings:
-        raise ValueError(
-            f"num_speculative_tokens is {length!r} and {name} is {settings[name]!r}, but both say "
-            "how many tokens a batch drafts; leave one of them out."
-        )
+    for other, reason in (
+        ("num_speculative_tokens_per_batch_size", "both say how many tokens a batch drafts"),
+        ("enable_adaptive_verification", "a draft that is not verified would count as refused"),
+    ):
+        if settings.get(other):
+            raise ValueError(
+                f"num_speculative_tokens is {length!r} and {other} is {settings[other]!r}, but "
+                f"{reason}; leave one of them out."
+            )
     if model_config.is_moe and parallel_config.data_parallel_size > 1:
         raise ValueError(
             f"num_speculative_tokens is {length!r} and data_parallel_size is "

@@ -56,10 +56,18 @@ def test_most_is_refused_when_vllm_cannot_verify_it(speculate: Speculate) -> Non
         speculate(speculative_config=layerskip("auto:129"))
 
 
-def test_auto_is_refused_when_batch_sizes_have_a_number_each(speculate: Speculate) -> None:
-    settings = layerskip("auto", num_speculative_tokens_per_batch_size=[[1, 8, 2]])
-    with pytest.raises(ValueError, match=r"per_batch_size is .* leave one of them out"):
-        speculate(speculative_config=settings)
+@pytest.mark.parametrize(
+    ("other", "value"),
+    [
+        ("num_speculative_tokens_per_batch_size", [[1, 8, 2]]),
+        ("enable_adaptive_verification", True),
+    ],
+)
+def test_auto_is_refused_when_something_else_says_how_much_is_drafted(
+    speculate: Speculate, other: str, value: Any
+) -> None:
+    with pytest.raises(ValueError, match=rf"'auto' and {other} is .*; leave one of them out"):
+        speculate(speculative_config=layerskip("auto", **{other: value}))
 
 
 @pytest.mark.parametrize("settings", [{"method": "ngram"}, {}])
