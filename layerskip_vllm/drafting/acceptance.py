@@ -50,7 +50,7 @@ class _Record:
         self.last_step = step
 
 
-class Acceptance:
+class RequestAcceptance:
     """The chance that a request's next draft is accepted after all before it were.
 
     It is taken to be the same at each position of a draft: drafts run over the target's own keys

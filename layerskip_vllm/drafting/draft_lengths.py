@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from layerskip_vllm.drafting.acceptance import Acceptance, DraftResult
-from layerskip_vllm.drafting.step_times import StepTimes
+from layerskip_vllm.drafting.acceptance import DraftResult, RequestAcceptance
+from layerskip_vllm.drafting.step_times import StepTimeTable
 
 # Another length must promise so much more than the one in use.
 _GAIN_TO_CHANGE = 0.01
@@ -55,8 +55,8 @@ class DraftLengths:
             draft_share: What a draft step reads of the model's weights, 0 to 1.
             clock: Returns the time in seconds.
         """
-        self._acceptance = Acceptance(max_num_drafts)
-        self._times = StepTimes(max_num_drafts, draft_share)
+        self._acceptance = RequestAcceptance(max_num_drafts)
+        self._times = StepTimeTable(max_num_drafts, draft_share)
         self._clock = clock
         self._last: _Step | None = None
         self._num_drafts = 0  # what was chosen last, probes aside

@@ -50,7 +50,7 @@ class _BatchSize:
         return None if times is None else times.median(self.num_steps)
 
 
-class StepTimes:
+class StepTimeTable:
     """Times of steps that decode alone and verify as many drafts as they make."""
 
     def __init__(self, max_num_drafts: int, draft_share: float) -> None:

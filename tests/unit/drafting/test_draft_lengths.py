@@ -7,8 +7,8 @@ from math import inf
 
 import pytest
 
-from layerskip_vllm.drafting.acceptance import Acceptance, DraftResult
-from layerskip_vllm.drafting.step_times import StepTimes
+from layerskip_vllm.drafting.acceptance import DraftResult, RequestAcceptance
+from layerskip_vllm.drafting.step_times import StepTimeTable
 from tests.unit.drafting.simulated_engine import SimulatedEngine, StepTime, best_rate
 
 K = 8
@@ -126,7 +126,7 @@ def test_request_drafts_no_more_than_it_asks_for_when_others_do() -> None:
 
 
 def test_acceptance_is_each_requests_own_when_texts_differ() -> None:
-    acceptance = Acceptance(2)
+    acceptance = RequestAcceptance(2)
     for _ in range(40):
         acceptance.observe({"easy": DraftResult(2, 2), "hard": DraftResult(2, 0)})
     easy = acceptance.expected_tokens({"easy": 2})
@@ -142,7 +142,7 @@ def test_acceptance_is_each_requests_own_when_texts_differ() -> None:
 
 
 def test_times_are_the_nearest_batch_sizes_when_there_are_none_of_its_own() -> None:
-    times = StepTimes(4, draft_share=0.25)
+    times = StepTimeTable(4, draft_share=0.25)
     assert times.relative(8) == [1, 1.25, inf, inf, inf]  # a step at a time
     for _ in range(3):
         times.observe(8, 0, 10.0)
@@ -156,7 +156,7 @@ def test_times_are_the_nearest_batch_sizes_when_there_are_none_of_its_own() -> N
 
 
 def test_time_is_forgotten_when_it_is_old() -> None:
-    times = StepTimes(1, draft_share=0.25)
+    times = StepTimeTable(1, draft_share=0.25)
     for num_drafts, seconds in ((1, 9.0), (1, 9.0), *((0, 1.0),) * 900):
         times.observe(2, num_drafts, seconds)
     assert times.relative(2) == [1, 9.0]
