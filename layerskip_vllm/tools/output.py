@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 
 def make_console() -> Console:
@@ -16,6 +17,19 @@ def make_console() -> Console:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+
+
+def make_progress(console: Console) -> Progress:
+    """Return bars with the steps done and the time that the rest will take."""
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("{task.description:>13}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+    )
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -12,11 +12,10 @@ from typing_extensions import override
 from layerskip_vllm.checkpoint.entry import CONFIG_KEY, write_entry
 from layerskip_vllm.checkpoint.validation import Settings
 from layerskip_vllm.tools.command_line import Command, Option
-from layerskip_vllm.tools.output import make_console, write_json
+from layerskip_vllm.tools.output import make_console, make_progress, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
     from layerskip_vllm.tools.exits.exit_report import ExitReport
 
@@ -132,25 +131,13 @@ class ExitsCommand(Command, ExitsConfig):
         text = encode_documents(tokenizer, documents)
         eos_token_ids = measure.find_eos_token_ids(model, tokenizer)
         setting = measure.describe_setting(model, self.data, self)
-        with _make_progress(console) as progress:
+        with make_progress(console) as progress:
 
             def track(what: str, total: int) -> Callable[[int], None]:
                 task = progress.add_task(what, total=total)
                 return lambda num: progress.advance(task, num)
 
             return measure.measure_exits(model, text, eos_token_ids, self, setting, track)
-
-
-def _make_progress(console: Console) -> Progress:
-    from rich import progress
-
-    return progress.Progress(
-        progress.TextColumn("{task.description:>13}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeRemainingColumn(elapsed_when_finished=True),
-        console=console,
-    )
 
 
 def _write_config(report: ExitReport, folder: Path, console: Console) -> int:

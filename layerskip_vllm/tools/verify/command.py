@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from typing_extensions import override
 
-from layerskip_vllm.checkpoint.validation import Settings
 from layerskip_vllm.tools.command_line import Command, Option
+from layerskip_vllm.tools.engine_options import EngineOptions
 from layerskip_vllm.tools.output import make_console, write_json
 from layerskip_vllm.tools.prompts import choose_prompts
 
-# `verify` sets these itself, each run its own.
-_RESERVED = ("model", "speculative_config", "seed", "dtype", "tensor_parallel_size")
 
-
-class VerifyConfig(Settings):
+class VerifyConfig(EngineOptions):
     """The engines to compare and what to ask of them."""
 
     model: Annotated[str, Option(metavar="MODEL", is_positional=True)] = Field(
         description="a checkpoint's folder or name"
-    )
-    speculative: Annotated[dict[str, Any], Option(flag="--speculative-config")] = Field(
-        default={},
-        description="more of vLLM's speculative settings, such as "
-        '\'{"draft_sample_method": "probabilistic"}\'',
-    )
-    dtype: Annotated[str, Option(metavar="DTYPE")] = Field(
-        default="auto",
-        description="of all runs: float32 is the strictest, auto the checkpoint's own",
-    )
-    tensor_parallel_size: int = Field(default=1, ge=1, description="GPUs of an engine")
-    engine: Annotated[dict[str, Any], Option(flag="--engine-args")] = Field(
-        default={},
-        description="more arguments of vLLM's LLM for all runs, such as "
-        "'{\"max_model_len\": 4096}'",
     )
     num_prompts: int = Field(
         default=16,
@@ -51,21 +33,6 @@ class VerifyConfig(Settings):
         description="samples of each prompt that is sampled from",
     )
 
-    @model_validator(mode="after")
-    def _check_settings_of_vllm(self) -> Self:
-        for name in _RESERVED:
-            if name in self.engine:
-                raise ValueError(
-                    f"engine_args has {name!r}, which is set for each run; leave it out"
-                    + (", or use its option." if name != "seed" else ".")
-                )
-        if "method" in self.speculative:
-            raise ValueError(
-                f"speculative_config has method {self.speculative['method']!r}; leave it out, it "
-                "is layerskip."
-            )
-        return self
-
 
 class VerifyCommand(Command, VerifyConfig):
     """Check that speculation loses nothing on a model and this machine.
@@ -79,13 +46,6 @@ class VerifyCommand(Command, VerifyConfig):
     summary: ClassVar = "check that speculation loses nothing on a model and this machine"
     extra: ClassVar = "verify"
 
-    exit_layer: Annotated[int | None, Option(metavar="E")] = Field(
-        default=None, description="the layers that draft; the checkpoint's own when not given"
-    )
-    num_speculative_tokens: Annotated[int | None, Option(metavar="K")] = Field(
-        default=None,
-        description="the tokens drafted for each step; the checkpoint's own when not given",
-    )
     data: Annotated[tuple[str, ...], Option(metavar="FILE_OR_FOLDER")] = Field(
         default=(),
         description="texts to cut prompts from, in the place of the built-in ones: text files, "
@@ -102,7 +62,7 @@ class VerifyCommand(Command, VerifyConfig):
         from layerskip_vllm.tools.verify.comparison import conclude
         from layerskip_vllm.tools.verify.verdict_report import build_verdict_table, verdict_to_json
 
-        config = self.model_copy(update={"speculative": self._join_speculative_settings()})
+        config = self.model_copy(update={"speculative": self.join_speculative_settings()})
         documents = read_documents(self.data) if self.data else None
         prompts = choose_prompts(documents, config.num_prompts, config.num_prompt_tokens)
         self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -125,14 +85,3 @@ class VerifyCommand(Command, VerifyConfig):
             console.print("[bold green]layerskip loses nothing here.[/]", soft_wrap=True)
         console.print(f"Written: {self.output_dir}/verify.json", soft_wrap=True)
         return 1 if verdict.problems else 0
-
-    def _join_speculative_settings(self) -> dict[str, Any]:
-        """`--speculative-config` and the options beside it, each setting said once."""
-        given = self.model_dump(include={"exit_layer", "num_speculative_tokens"}, exclude_none=True)
-        for key in given:
-            if key in self.speculative:
-                raise ValueError(
-                    f"--{key.replace('_', '-')} and --speculative-config[{key!r}] are mutually "
-                    "exclusive; leave one out."
-                )
-        return {**self.speculative, **given}

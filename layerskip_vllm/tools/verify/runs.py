@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from layerskip_vllm.tools.engine_process import EngineProcess, JobError
-from layerskip_vllm.tools.float32 import float32_env
+from layerskip_vllm.tools.engine_options import make_engine_process, say_why_it_failed
+from layerskip_vllm.tools.engine_process import JobError
 from layerskip_vllm.tools.verify.command import VerifyConfig
 from layerskip_vllm.tools.verify.engine_run import EngineJob, EngineOutput
 
 # Plain vLLM, the floor: plain vLLM again, drafts, and drafts that nothing verifies.
 PLAIN, FLOOR, DRAFTED, UNVERIFIED = RUNS = ("plain", "floor", "layerskip", "unverified")
-
-_NUM_LOG_LINES = 3
 
 
 def run_all(
@@ -71,14 +68,9 @@ def make_job(
 
 def run_engine(name: str, job: EngineJob, folder: Path) -> EngineOutput:
     """Run an engine in a process of its own and wait for its end, which frees its memory."""
-    env = {
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
-        **os.environ,
-        **float32_env(job.config.dtype),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }
-    process = EngineProcess(name, folder / f"{name}.log", env)
+    process = make_engine_process(
+        name, folder, job.config.dtype, VLLM_ENABLE_V1_MULTIPROCESSING="0"
+    )
     try:
         with process:
             result: EngineOutput = process.run(
@@ -86,5 +78,4 @@ def run_engine(name: str, job: EngineJob, folder: Path) -> EngineOutput:
             )
             return result
     except JobError as error:
-        end = "\n  ".join(process.log.strip().splitlines()[-_NUM_LOG_LINES:])
-        raise ValueError(f"the {name} run failed; {process.log_path} ends:\n  {end}") from error
+        raise ValueError(say_why_it_failed(process)) from error

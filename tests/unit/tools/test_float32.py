@@ -5,6 +5,7 @@ from triton import knobs
 
 from benchmarks.decoding import engines
 from benchmarks.serving.demo import _make_server, parse_args
+from layerskip_vllm.tools import engine_options
 from layerskip_vllm.tools.float32 import IEEE_FLOAT32, float32_env
 from layerskip_vllm.tools.verify import runs
 from layerskip_vllm.tools.verify.command import VerifyConfig
@@ -50,7 +51,7 @@ def test_triton_knows_the_variable(monkeypatch):
 def test_engines_of_verify_compute_in_ieee_when_the_model_is_float32(
     tmp_path, start, dtype, expected
 ):
-    start(runs)
+    start(engine_options)
     job = EngineJob(VerifyConfig(model="m", dtype=dtype), (), {}, False, False)
     with pytest.raises(Started) as started:
         runs.run_engine("plain", job, tmp_path)
