@@ -114,7 +114,8 @@ def _draw_agreements(axes: Axes, report: ExitReport) -> None:
     exit_layer = report.best.exit_layer
     _write_value(axes, exit_layer, agreements[exit_layer - 1], "{:.0%}", above=True)
     _write_value(axes, exit_layer, rates[exit_layer - 1], "{:.0%}", above=False)
-    axes.set_ylim(-0.05, 1.05)
+    axes.set_ylim(-0.2, 1.2)  # room for labels at both ends
+    axes.set_yticks((0, 0.25, 0.5, 0.75, 1))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     style_axes(
         axes,
@@ -128,6 +129,7 @@ def _draw_losses(axes: Axes, report: ExitReport) -> None:
     losses = [exit_.loss for exit_ in report.exits]
     axes.axhline(losses[-1], color=PLAIN, linewidth=1.5, linestyle=(0, (4, 3)))
     axes.plot([exit_.exit_layer for exit_ in report.exits], losses, color=LAYERSKIP, **_LINE)
+    axes.margins(y=0.25)
     exit_layer = report.best.exit_layer
     _write_value(axes, exit_layer, losses[exit_layer - 1], "{:.3f}", above=True)
     style_axes(axes, "Held-out loss", f"nats per token; the whole model's is {losses[-1]:.3f}")
@@ -135,12 +137,13 @@ def _draw_losses(axes: Axes, report: ExitReport) -> None:
 
 
 def _write_value(axes: Axes, exit_layer: int, value: float, form: str, above: bool) -> None:
+    is_first = exit_layer == 1  # on the axis, which half of a text would run over
     axes.annotate(
         form.format(value),
         (exit_layer, value),
-        (0, 8 if above else -8),
+        (-4 if is_first else 0, 8 if above else -8),
         textcoords="offset points",
-        ha="center",
+        ha="left" if is_first else "center",
         va="bottom" if above else "top",
         fontsize=10,
         fontweight="bold",

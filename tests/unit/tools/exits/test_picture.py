@@ -41,3 +41,19 @@ def test_picture_marks_the_best_when_drawn(tmp_path, num_layers, max_k, best, sp
 
     draw_exits(tmp_path / "exits.png", report)
     assert (tmp_path / "exits.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("best", [(1, 1), (6, 4), (29, 8)])
+def test_labels_stay_within_their_axes_when_the_best_exit_is_at_an_end(best):
+    figure = make_exits_figure(make_report(30, 8, best, 1.5))
+    figure.draw_without_rendering()
+    for axes in figure.axes[1:]:
+        labels = [text for text in axes.texts if text.get_fontweight() == "bold"]
+        assert labels
+        frame = axes.get_window_extent()
+        for label in labels:
+            box = label.get_window_extent()
+            assert frame.x0 <= box.x0
+            assert box.x1 <= frame.x1
+            assert frame.y0 <= box.y0
+            assert box.y1 <= frame.y1
