@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from layerskip_vllm import __version__
+from layerskip_vllm.tools.bench.command import BenchCommand
 from layerskip_vllm.tools.command_line import Command
 from layerskip_vllm.tools.doctor.command import DoctorCommand
 from layerskip_vllm.tools.draft_vocab.command import DraftVocabCommand
@@ -20,6 +21,7 @@ from layerskip_vllm.tools.verify.command import VerifyCommand
 from layerskip_vllm.tools.watch.command import WatchCommand
 
 COMMANDS: Mapping[str, type[Command]] = {
+    "bench": BenchCommand,
     "doctor": DoctorCommand,
     "draft-vocab": DraftVocabCommand,
     "exits": ExitsCommand,
