@@ -57,9 +57,8 @@ def test_each_row_is_of_its_request_when_a_batch_is_verified_in_chunks(monkeypat
     from vllm.v1.worker.gpu.sample import logprob
 
     asked = []
-    monkeypatch.setattr(
-        logprob, "compute_topk_scores", lambda *args, **kwargs: asked.append((args[2], args[5]))
-    )
+    monkeypatch.setattr(logprob, "compute_topk_scores", lambda *args, **kwargs: asked.append(args))
+    ends = torch.tensor([0, 2])
     tensors = SimpleNamespace(
         logprob_token_ids=torch.tensor([[5, 0], [6, 0]]),
         cu_num_generated_tokens=[0, 2],
@@ -71,5 +70,8 @@ def test_each_row_is_of_its_request_when_a_batch_is_verified_in_chunks(monkeypat
     score = _scoring(sampler, SimpleNamespace(expanded_idx_mapping=rows), 1, 3)
     for num_rows in (2, 1, 2):
         score(None, None, torch.zeros(num_rows, VOCAB_SIZE))
-    assert [of_chunk.tolist() for _, of_chunk in asked] == [[4, 4], [9], [2, 2]]
-    assert asked[0][0].tolist() == [5, 6]
+        tensors.cu_num_generated_tokens_tensor = ends  # where the device alone knows them
+    assert [args[5].tolist() for args in asked] == [[4, 4], [9], [2, 2]]
+    assert asked[0][2].tolist() == [5, 6]
+    assert [args[3] for args in asked] == [[0, 2], ends, ends]
+    assert {(args[1], args[6]) for args in asked} == {(1, 3)}

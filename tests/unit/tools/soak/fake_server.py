@@ -91,7 +91,8 @@ class FakeServer:
         body = await request.json()
         fault = self.misbehave(self.num_asked, body)
         self.num_asked += 1
-        scores = [{"index": index, "score": 0.5} for index in range(len(body["items"]))]
+        score = 1.5 if fault == "wrong score" else 0.5
+        scores = [{"index": index, "score": score} for index in range(len(body["items"]))]
         return web.json_response({"data": scores[fault == "lost choice" :]})
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:

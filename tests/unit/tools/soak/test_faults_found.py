@@ -129,10 +129,14 @@ def test_soak_finds_another_answer_when_a_seed_is_asked_again() -> None:
     assert "differs from the first answer's to the same seed" in result.tally.faults[0].reason
 
 
-def test_soak_finds_a_lost_score_when_items_are_scored() -> None:
-    result = soak(FakeServer(once("lost choice")), kinds=("score",), num_requests=40)
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [("lost choice", "scores, expected"), ("wrong score", "they must be probabilities")],
+)
+def test_soak_finds_a_fault_when_items_are_scored(fault: str, reason: str) -> None:
+    result = soak(FakeServer(once(fault)), kinds=("score",), num_requests=40)
     (found,) = result.tally.faults
-    assert "scores, expected" in found.reason
+    assert reason in found.reason
 
 
 def test_soak_stops_when_faults_are_too_many() -> None:
