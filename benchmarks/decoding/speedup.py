@@ -45,6 +45,7 @@ from benchmarks.decoding.trained_checkpoint import (
     read_draft_settings,
 )
 from benchmarks.decoding.weight_counts import count_weights
+from layerskip_vllm.drafting.cpu_dtypes import is_emulated
 from layerskip_vllm.tools.hardware import list_gpu_names
 from layerskip_vllm.tools.output import make_console, write_json
 
@@ -203,12 +204,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _choose_dtype(is_on_gpu: bool) -> str:
-    import torch
-
-    from layerskip_vllm.drafting.cpu_dtypes import is_emulated
-
     device_type = "cuda" if is_on_gpu else "cpu"
-    return "float32" if is_emulated(torch.bfloat16, device_type) else "bfloat16"
+    return "float32" if is_emulated("bfloat16", device_type) else "bfloat16"
 
 
 def prepare_checkpoint(options: argparse.Namespace) -> SyntheticCheckpoint:

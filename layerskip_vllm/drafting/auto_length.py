@@ -24,11 +24,14 @@ _lengths: WeakKeyDictionary[Scheduler, DraftLengths] = WeakKeyDictionary()
 
 
 def choose_length(scheduler: Scheduler, limits: Mapping[str, int]) -> int:
-    """Return how many tokens the step that has just been scheduled is to draft.
+    """Choose how many tokens the step that has just been scheduled is to draft.
 
     Args:
         scheduler: The step's.
         limits: The requests that will decode after it, and how many tokens each drafts at most.
+
+    Returns:
+        That number; all that the configuration allows where K is not "auto".
     """
     config = _config_of(scheduler)
     if not config.is_length_auto:

@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _CPUINFO = Path("/proc/cpuinfo")
 # What an x86 CPU must have one of, by Linux's names, to multiply in a data type. Without, oneDNN
 # widens each operand: a row of a batch then costs as much as the first, so that verifying drafts
 # costs as much as decoding them.
 _NEEDED = {
-    torch.bfloat16: {"avx512_bf16", "amx_bf16"},
-    torch.float16: {"avx512_fp16", "amx_fp16"},
+    "bfloat16": {"avx512_bf16", "amx_bf16"},
+    "float16": {"avx512_fp16", "amx_fp16"},
 }
 
 
-def is_emulated(dtype: torch.dtype, device_type: str) -> bool:
+def is_emulated(dtype: torch.dtype | str, device_type: str) -> bool:
     """Return whether a data type is emulated on a device; False where that is not known."""
-    needed = _NEEDED.get(dtype)
+    needed = _NEEDED.get(str(dtype).removeprefix("torch."))
     if needed is None or device_type != "cpu" or platform.machine() != "x86_64":
         return False
     flags = _read_flags()

@@ -97,11 +97,14 @@ class DraftLengths:
         self._acceptance.forget(request_ids)
 
     def choose(self, limits: Mapping[str, int]) -> int:
-        """Return how many tokens the step that has just been scheduled drafts.
+        """Choose how many tokens the step that has just been scheduled drafts.
 
         Args:
             limits: The requests that will decode after it, at least one, and how many tokens each
                 drafts at most.
+
+        Returns:
+            The number, 0 to the most that there can be.
         """
         batch_size = len(limits)
         if not self._times.is_known(batch_size, 0) and self._num_waits < _MAX_WAIT:
