@@ -30,7 +30,7 @@ from benchmarks.bench_report import (
 from benchmarks.decoding.speedup_picture import make_speedup_figure
 from benchmarks.serving.bench_serve import bench_servers
 from benchmarks.serving.vllm_command import PLAIN
-from layerskip_vllm.tools.hardware import describe_hardware
+from layerskip_vllm.tools.hardware import describe_hardware, list_gpu_names
 from layerskip_vllm.tools.output import write_json
 
 EMBEDDED = "checkpoints/stdlib-24l"
@@ -125,6 +125,8 @@ def choose_systems(name: str) -> list[str]:
     if name == "grid":
         return ["plain", *(f"layerskip+E{exit_layer}+K{k}" for exit_layer, k in GRID)]
     systems = ["plain", *OWN, *PEERS]
+    if list_gpu_names():
+        systems.remove("layerskip+reuse")  # on Model Runner V1 of CPUs alone
     if name == "scale":  # bfloat16, in which transformers' texts may part from vLLM's
         systems = [system for system in systems if "lookup" not in system]
     if find_spec("arctic_inference") is None:
