@@ -22,7 +22,11 @@ FLAG_OF_SETTING = {
     "exit_adapter": "--spec-exit-adapter",
     "draft_vocab": "--spec-draft-vocab",
     "reuse_exit_states": "--spec-reuse-exit-states",
+    "lookup": "--spec-lookup",
 }
+
+# Whether drafts are copied from a request's own text where it repeats.
+LOOKUPS = ("off", "auto")
 
 
 def add_speculative_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -73,6 +77,12 @@ def add_speculative_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         default=None,
         help="Whether verification begins at the exit, with what drafting has left there (on a "
         "CPU). Default: off.",
+    )
+    group.add_argument(
+        "--spec-lookup",
+        choices=LOOKUPS,
+        default=None,
+        help="`auto`: drafts are copied where a request's text repeats itself. Default: off.",
     )
     return parser
 

@@ -31,6 +31,7 @@ def publish_info(stat_logger: PrometheusStatLogger) -> None:
         "num_layers": str(config.target_model_config.get_total_num_hidden_layers()),
         "exit_adapter": config.exit_adapter or "",
         "draft_vocab_size": str(config.draft_vocab_size),
+        "lookup": config.lookup,
     }
     gauge = stat_logger._gauge_cls(
         name=NAME,

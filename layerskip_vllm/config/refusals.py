@@ -14,7 +14,7 @@ from vllm.config.speculative import SpeculativeConfig
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
 from layerskip_vllm.checkpoint.entry import check_positive_int
-from layerskip_vllm.config.flags import AUTO, FLAG_OF_SETTING
+from layerskip_vllm.config.flags import AUTO, FLAG_OF_SETTING, LOOKUPS
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -70,6 +70,7 @@ def check_settings(settings: Mapping[str, Any], has_lora: bool) -> None:
     if "draft_vocab" in settings:
         _check_head(settings, has_lora)
     _check_sampling(settings, has_lora)
+    _check_lookup(settings)
 
 
 def check_reuse(
@@ -184,6 +185,30 @@ def _check_head(settings: Mapping[str, Any], has_lora: bool) -> None:
             raise ValueError(
                 f"draft_vocab is {settings['draft_vocab']!r} and {name} is true, but {reason}; "
                 "leave one of them out."
+            )
+
+
+def _check_lookup(settings: Mapping[str, Any]) -> None:
+    """Refuse a way to look drafts up that is unknown, and what copied drafts do not have."""
+    lookup = settings.get("lookup", "off")
+    if lookup not in LOOKUPS:
+        raise ValueError(f"lookup is {lookup!r}; it must be 'off' or 'auto'.")
+    if lookup == "off":
+        return
+    for name, value, reason in (
+        (
+            "draft_sample_method",
+            "probabilistic",
+            "verifies drafts by the probabilities that they were sampled with",
+        ),
+        ("enable_adaptive_verification", True, "ranks drafts by the exit's confidence in them"),
+        ("reuse_exit_states", "auto", "begins verification with what drafts left at the exit"),
+        ("reuse_exit_states", "on", "begins verification with what drafts left at the exit"),
+    ):
+        if settings.get(name) == value:
+            raise ValueError(
+                f"lookup is {lookup!r} and {name} is {value!r}, which {reason}, and copied ones "
+                "have none; leave one of them out."
             )
 
 

@@ -77,6 +77,9 @@ class LayerSkipConfig(SpeculativeConfig):
     reuse_exit_states: Literal["auto", "on", "off"] = "off"
     """Whether verification begins at the exit, with the states that drafting has left there."""
 
+    lookup: str = "off"
+    """Whether drafts are copied where a request's text repeats itself: "off" or "auto"."""
+
     def __post_init__(self) -> None:
         """Take the place of vLLM's search for a draft checkpoint: there is none."""
         self.method = "draft_model"
@@ -94,6 +97,11 @@ class LayerSkipConfig(SpeculativeConfig):
         return 0
 
     @override
+    def use_ngram(self) -> bool:
+        """Have Model Runner V2 keep all tokens of all requests on the device."""
+        return self.lookup != "off"
+
+    @override
     def compute_hash(self) -> str:
         """Hash what shapes the compiled graphs: the target's factors and where drafting exits.
 
@@ -106,6 +114,7 @@ class LayerSkipConfig(SpeculativeConfig):
         names = ["exit_layer", "num_speculative_tokens"]
         names += [name for name in ("exit_adapter", "draft_vocab") if getattr(self, name)]
         names += ["reuse_exit_states"] if self.reuse_exit_states != "off" else []
+        names += ["lookup"] * (self.lookup != "off")
         shown = {name: repr(getattr(self, name)) for name in names}
         shown["num_speculative_tokens"] = self.describe_length()
         values = ", ".join(f"{name}={value}" for name, value in shown.items())

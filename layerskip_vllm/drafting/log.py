@@ -28,12 +28,14 @@ def log_drafting(model: ExitModel, config: LayerSkipConfig, runner: str, graphs:
             str(dtype).removeprefix("torch."),
         )
     longest = config.num_speculative_tokens
+    source = "" if config.lookup == "off" else ", copied where the text repeats"
     logger.info_once(
-        "layerskip is on: layers [0, %d) of %d draft %s tokens a step; a draft step reads %.1f %% "
-        "of the model's bytes (%s); Model Runner %s; CUDA graphs: %s",
+        "layerskip is on: layers [0, %d) of %d draft %s tokens a step%s; a draft step reads "
+        "%.1f %% of the model's bytes (%s); Model Runner %s; CUDA graphs: %s",
         config.exit_layer,
         len(layers_of(model.inner)),
         f"up to {longest}" if config.is_length_auto else longest,
+        source,
         100 * shares.total,
         ", ".join(parts).replace("%", " %"),
         runner,

@@ -27,6 +27,7 @@ from layerskip_vllm.config.request import max_num_drafts
 from layerskip_vllm.config.speculative import LayerSkipConfig
 from layerskip_vllm.drafting.exit_model import ExitModel
 from layerskip_vllm.drafting.log import log_drafting
+from layerskip_vllm.drafting.lookup import find_copies
 from layerskip_vllm.drafting.lora import make_draft_lora
 from layerskip_vllm.drafting.slots import DraftSlots, find_slots
 from layerskip_vllm.drafting.verifier import Verifier
@@ -69,12 +70,14 @@ class LayerSkipProposer(DraftModelProposer):
     speculative_config: LayerSkipConfig
     model: ExitModel
     verifier: Verifier | None
+    _sampled: tuple[torch.Tensor, torch.Tensor]  # tokens of the last step, and how many
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: GPUModelRunner):
         super().__init__(vllm_config, device, runner)
         self.runner = runner
         self._check_rejection_sampler()
         self._check_reuse()
+        self._check_lookup()
         # Not for a mixture of experts, where more rows read more experts.
         is_padded = device.type == "cpu" and not vllm_config.model_config.is_moe
         self._min_num_rows = min(MIN_ROWS_ON_CPU, self.max_num_tokens) if is_padded else 1
@@ -106,6 +109,15 @@ class LayerSkipProposer(DraftModelProposer):
             raise ValueError(
                 f"reuse_exit_states is {reuse!r}, but Model Runner V1 has it on CPUs alone; leave "
                 "it out."
+            )
+
+    def _check_lookup(self) -> None:
+        lookup = self.speculative_config.lookup
+        is_async = bool(self.vllm_config.scheduler_config.async_scheduling)
+        if lookup != "off" and (self.device.type != "cpu" or is_async):
+            raise ValueError(
+                f"lookup is {lookup!r}, but Model Runner V1 knows a request's tokens in time on "
+                "the CPU alone, without async_scheduling; use 'off', or Model Runner V2 on a GPU."
             )
 
     @override
@@ -187,6 +199,7 @@ class LayerSkipProposer(DraftModelProposer):
         num_sampled = is_sampled.sum(dim=1, dtype=torch.int32)
         last = (num_sampled - 1).clamp(min=0).long()
         token_ids = sampled_token_ids.gather(1, last.unsqueeze(1)).squeeze(1)
+        self._sampled = sampled_token_ids, num_sampled
         return torch.where(num_sampled > 0, token_ids, 0).int(), num_sampled
 
     @override
@@ -218,6 +231,12 @@ class LayerSkipProposer(DraftModelProposer):
         num_reqs = common_attn_metadata.batch_size()
         if num_speculative_tokens == 0:
             return next_token_ids.new_empty((num_reqs, 0), dtype=torch.int64)
+        if self.speculative_config.lookup == "off":
+            copies = None
+        else:
+            copies = find_copies(self.runner.input_batch, *self._sampled, num_speculative_tokens)
+            if not self._needs_drafts(copies):
+                return copies.clamp_(min=0)
         # A request's last token comes right after all that the target has run and kept.
         positions = common_attn_metadata.seq_lens.long()
         if num_rejected_tokens_gpu is not None:
@@ -238,7 +257,17 @@ class LayerSkipProposer(DraftModelProposer):
         self.input_ids[:num_reqs] = next_token_ids
         if self.verifier is not None:
             self.verifier.begin_draft(num_speculative_tokens)
-        return self._draft(num_speculative_tokens, batch, slots, metadata, sampling_metadata)
+        drafts = self._draft(num_speculative_tokens, batch, slots, metadata, sampling_metadata)
+        return drafts if copies is None else torch.where(copies < 0, drafts, copies)
+
+    def _needs_drafts(self, copies: torch.Tensor) -> bool:
+        """Return whether any request has no copy in the place of its drafts.
+
+        One in the middle of its prompt needs none. Data-parallel ranks must draft alike.
+        """
+        _, num_sampled = self._sampled
+        has_none = (copies[:, 0] < 0) & (num_sampled > 0)
+        return bool(has_none.any()) or self.vllm_config.parallel_config.data_parallel_size > 1
 
     def pad(self, num_tokens: int) -> DraftBatch:
         """Pick how a pass of the first layers over so many tokens runs."""

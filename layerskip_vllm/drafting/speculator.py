@@ -25,10 +25,12 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.lora_utils import NO_LORA_ID, LoraState
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from layerskip_vllm.config.speculative import LayerSkipConfig, get_layerskip_config
 from layerskip_vllm.drafting.cuda_graphs import DraftCudaGraphs
+from layerskip_vllm.drafting.device_lookup import DeviceLookup
 from layerskip_vllm.drafting.exit_model import ExitModel
 from layerskip_vllm.drafting.kernels import advance_draft, prepare_draft
 from layerskip_vllm.drafting.log import log_drafting
@@ -49,7 +51,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
     model: ExitModel
     draft_attn_layer_names: set[str]
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device):
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState):
         reuse = get_layerskip_config(vllm_config).reuse_exit_states
         if reuse != "off":
             raise ValueError(
@@ -57,6 +59,8 @@ class LayerSkipSpeculator(DraftModelSpeculator):
                 "verification that begins at the exit yet; leave it out."
             )
         super().__init__(vllm_config, device)
+        is_looking_up = self.speculative_config.lookup != "off"
+        self.lookup = DeviceLookup(req_states) if is_looking_up else None
         self.draft_steps = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
         self.graphs: DraftCudaGraphs | None = None
         self.lora: DraftLoRA | None = None
@@ -210,6 +214,9 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             num_speculative_tokens = self.num_speculative_steps
         if num_speculative_tokens == 0:
             return self.draft_tokens[:num_reqs].fill_(-1)
+        # Data-parallel ranks must draft alike.
+        lookup = None if dummy_run or self.dp_size > 1 else self.lookup
+        has_draft_steps = lookup is None or not lookup.expects_copies(input_batch)
         longest = int(input_batch.seq_lens_cpu_upper_bound[:num_reqs].max())
         self.draft_max_seq_len = min(longest + num_speculative_tokens, self.max_model_len)
         self._copy_request_inputs(
@@ -226,6 +233,20 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             last_sampled,
             self.max_model_len,
         )
+        if self.lookup is not None:
+            self.lookup.copy_drafts(
+                self.draft_tokens,
+                self.input_buffers,
+                self.draft_steps,
+                self.idx_mapping,
+                input_batch,
+                num_sampled,
+                last_sampled,
+                temperature,
+                has_draft_steps,
+            )
+        if not has_draft_steps:
+            return self.draft_tokens[:num_reqs]
         lora_ids = (NO_LORA_ID,) * num_reqs if dummy_run else self.lora_ids
         batch_desc, num_tokens_across_dp = self._dispatch(
             num_reqs, set(lora_ids), dp_sync_state, is_profile

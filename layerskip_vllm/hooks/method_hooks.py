@@ -75,8 +75,8 @@ def _create_speculative_config(original: Any) -> Any:
 @_hook(
     target=f"{_ARGS}.add_cli_args",
     why="the flags `--speculative-model`, `--num-speculative-tokens` and layerskip's own",
-    reason="Those are `--spec-exit-layer`, `--spec-exit-adapter` and `--spec-draft-vocab`; and "
-    "`layerskip` is among the choices of `--spec-method`.",
+    reason="Those are `--spec-exit-layer`, `--spec-exit-adapter`, `--spec-draft-vocab` and "
+    "`--spec-lookup`; and `layerskip` is among the choices of `--spec-method`.",
     process="the one that parses the command line",
     upstream="none; vLLM lets plugins extend its parser only by platform",
     remove_when="a registered method can bring flags; `add_cli_args` of the registry in the diff",
@@ -307,7 +307,7 @@ def _init_speculator(original: Any) -> Any:
         if _is_config(vllm_config.speculative_config):
             from layerskip_vllm.drafting.speculator import LayerSkipSpeculator
 
-            return LayerSkipSpeculator(vllm_config, device)
+            return LayerSkipSpeculator(vllm_config, device, req_states)
         return original(vllm_config, device, req_states)
 
     return init_speculator

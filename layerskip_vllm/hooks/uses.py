@@ -40,6 +40,8 @@ USES = (
             f"{_V1_RUNNER}.discard_request_mask",
             f"{_V1_RUNNER}.input_batch",
             f"{_V1_RUNNER}.requests",
+            f"{_V1_RUNNER}._bookkeeping_sync",
+            "vllm.v1.worker.gpu_input_batch:InputBatch.add_request",
             "vllm.v1.worker.gpu_input_batch:InputBatch.block_table",
             "vllm.v1.worker.gpu_input_batch:InputBatch.request_lora_mapping",
             "vllm.v1.worker.block_table:BlockTable.get_device_tensor",
@@ -52,8 +54,8 @@ USES = (
         process=V1_WORKER,
         how="Overrides how a draft is made, loaded and sampled. Sets the runner's "
         "`effective_drafter_max_model_len` past the context's end, reads its block tables, "
-        "`requests` and `discard_request_mask`, and makes the metadata of draft steps of the "
-        "target step's.",
+        "`requests`, `discard_request_mask` and its tokens but for the last ones, "
+        "and makes the metadata of draft steps of the target step's.",
         upstream="[vllm#37399](https://github.com/vllm-project/vllm/pull/37399), closed",
         remove_when="vLLM drops Model Runner V1",
     ),
@@ -132,6 +134,20 @@ USES = (
         process=V2_WORKER,
         how="Writes `InputBuffers`.",
         remove_when=_REGISTRY,
+    ),
+    Use(
+        module="layerskip_vllm.drafting.device_lookup",
+        relies_on=(
+            "vllm.v1.worker.gpu.spec_decode.ngram.speculator:_ngram_scan_kernel",
+            "vllm.v1.worker.gpu.states:RequestState",
+            "vllm.v1.worker.gpu.input_batch:InputBatch",
+        ),
+        why="V2 copies drafts from a request's own tokens",
+        process=V2_WORKER,
+        how="Runs the kernel of vLLM's `ngram` drafter over the runner's table of tokens, which "
+        "`LayerSkipConfig.use_ngram` has vLLM keep on the device; a kernel of its own takes what "
+        "it found.",
+        remove_when="vLLM's drafters can be combined with its lookup",
     ),
     Use(
         module="layerskip_vllm.drafting.stages",

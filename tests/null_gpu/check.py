@@ -59,6 +59,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str], str]] = {
         FULL,
     ),
     "no host sync": ({}, {}, SYNC_CHECK, FULL),
+    "copied drafts": ({}, {"lookup": "auto"}, SYNC_CHECK, FULL),
     "no async scheduling": ({"async_scheduling": False}, {}, {}, FULL),
     # vLLM asserts that several ranges of compiled sizes come of a graph with a size in it.
     "one request, compiled in ranges": (

@@ -37,3 +37,14 @@ def serve_and_see_padding(scenario: Scenario) -> tuple[Report, list[tuple[list[b
 
         speculator.model.register_forward_pre_hook(see)
         return server.run(), steps
+
+
+def serve_and_count_draft_steps(scenario: Scenario) -> tuple[Report, int]:
+    """Serve a scenario; also returns how many draft steps were run, on either runner."""
+    with engine(scenario) as llm:
+        server = Server(llm, scenario)
+        runner = server.core.model_executor.driver_worker.worker.model_runner
+        drafter = getattr(runner, "drafter", None) or runner.speculator
+        steps: list[None] = []
+        drafter.model.register_forward_pre_hook(lambda *_: steps.append(None))
+        return server.run(), len(steps)

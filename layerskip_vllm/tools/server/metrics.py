@@ -98,6 +98,7 @@ class LayerSkipInfo(BaseModel, frozen=True):
     num_layers: int  # all of the target's
     exit_adapter: str  # its folder; empty without one
     draft_vocab_size: int  # how many tokens drafts choose among
+    lookup: str  # "auto" where drafts are copied from text that repeats, else "off"
 
     @classmethod
     def read(cls, metrics: Iterable[Metric]) -> Self | None:

@@ -36,11 +36,12 @@ def draw(url: str, intervals: Sequence[Interval], draft_share: float | None) -> 
 
 
 def _describe_info(info: LayerSkipInfo) -> str:
+    lookup = "" if info.lookup == "off" else ", copied where the text repeats"
     adapter = f"\nexit adapter {info.exit_adapter}" if info.exit_adapter else ""
     most = "up to " if info.is_length_auto else ""
     return (
         f"layers [0, {info.exit_layer}) of {info.num_layers} draft {most}"
-        f"{info.num_speculative_tokens} tokens of {info.draft_vocab_size:,}{adapter}\n"
+        f"{info.num_speculative_tokens} tokens of {info.draft_vocab_size:,}{lookup}{adapter}\n"
         f"E is from {info.exit_layer_source}, K from {info.num_speculative_tokens_source}\n"
     )
 

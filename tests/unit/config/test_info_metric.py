@@ -44,6 +44,7 @@ def test_engine_says_what_drafts_when_its_metrics_start(publish: Publish) -> Non
             "num_layers": "8",
             "exit_adapter": "",
             "draft_vocab_size": "256",
+            "lookup": "off",
             "engine": "0",
         }
     ]

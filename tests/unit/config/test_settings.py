@@ -68,7 +68,7 @@ def test_key_is_refused_when_it_is_unknown(speculate: Speculate, key: str) -> No
     message = refusal_of(speculate, **{key: 3})
     assert repr(key) in message
     assert "known are" in message
-    assert "exit_layer, method, model, num_speculative_tokens" in message
+    assert "exit_layer, lookup, method, model, num_speculative_tokens" in message
 
 
 def test_every_other_setting_of_vllm_is_refused_when_it_does_not_apply(

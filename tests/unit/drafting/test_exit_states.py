@@ -102,4 +102,4 @@ def test_engine_is_refused_when_its_runner_is_v2(configure: Any) -> None:
 
     config = configure(speculative_config={"method": "layerskip", "reuse_exit_states": "auto"})
     with pytest.raises(ValueError, match="reuse_exit_states is 'auto', but Model Runner V2 has no"):
-        LayerSkipSpeculator(config, torch.device("cpu"))
+        LayerSkipSpeculator(config, torch.device("cpu"), SimpleNamespace())  # type: ignore[arg-type]

@@ -99,6 +99,7 @@ def test_idle_rank_drafts_for_no_more_requests_than_the_busiest_has(
         idx_mapping=None,
         lora=None,
         lora_ids=(),
+        lookup=None,
         draft_tokens=torch.zeros(8, K),
         graphs=None,
         dp_size=2,

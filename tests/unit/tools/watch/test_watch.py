@@ -51,7 +51,7 @@ SECOND = PAGE.format(
 INFO = (
     'vllm:layerskip_info{engine="0",exit_layer="12",exit_layer_source="the user",'
     'num_speculative_tokens="2",num_speculative_tokens_source="the checkpoint\'s config.json",'
-    'num_layers="24",exit_adapter="",draft_vocab_size="2048"} 1.0\n'
+    'num_layers="24",exit_adapter="",draft_vocab_size="2048",lookup="auto"} 1.0\n'
 )
 
 STARTING = ""  # A proxy's answer while the server behind it starts.
@@ -138,7 +138,7 @@ def test_watch_says_what_drafts_and_bounds_it_when_the_server_says_so(
     pages[:] = [FIRST + INFO, SECOND + INFO]
     assert main(look) == 0
     printed = capsys.readouterr().out
-    assert "layers [0, 12) of 24 draft 2 tokens" in printed
+    assert "layers [0, 12) of 24 draft 2 tokens of 2,048, copied where" in printed
     assert "E is from the user, K from the checkpoint's config.json" in printed
     # (1.5 + 1) / (2 * 0.53 + 1): twice the layers that the checkpoint itself would have draft.
     assert "1.22" in printed

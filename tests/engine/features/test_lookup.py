@@ -1,0 +1,115 @@
+"""Drafts that are copied where a request's text repeats itself: its own, and accepted as such."""
+
+from dataclasses import replace
+
+import pytest
+
+from layerskip_vllm.drafting.lookup import MAX_MATCH, MIN_MATCH
+from tests.support.checks import assert_same_outputs
+from tests.support.scenarios import Request, Scenario, layerskip, tokens
+
+pytestmark = pytest.mark.gpu
+
+K = 3
+ENGINE = {"max_num_seqs": 3}
+BLOCK_BYTES = 1 << 17  # of the tiny Llama: 32 tokens, 8 layers, 2 heads of 32, keys and values
+
+
+def repeating(length, token_ids, max_tokens=30, **more):
+    """A request whose text is of few tokens, of which the exit's drafts know nothing."""
+    params = {"allowed_token_ids": list(token_ids), "max_tokens": max_tokens}
+    return Request(tokens(length), params | more.pop("params", {}), **more)
+
+
+def scenario(checkpoint, *requests, **engine):
+    speculative = layerskip(2, K, lookup="auto")
+    return Scenario(str(checkpoint()), requests, speculative, ENGINE | engine)
+
+
+def without_lookup(scenario):
+    return replace(scenario, speculative=layerskip(2, K))
+
+
+@pytest.mark.feature("Speculative settings", "`lookup`")
+def test_copies_are_accepted_when_text_repeats(runner, checkpoint):
+    copying = scenario(checkpoint, repeating(20, [7]))
+    plain, copied = runner.pair(copying)
+    (drafted,) = runner.serve(without_lookup(copying))
+    assert_same_outputs(plain, copied)
+    assert drafted.acceptance < 0.1
+    assert copied.acceptance > 0.6
+    assert len(copied.steps) < 0.5 * len(drafted.steps)
+
+
+def test_nothing_changes_when_text_does_not_repeat(runner, checkpoint):
+    copying = scenario(checkpoint, Request(tokens(20), {"max_tokens": 24}))
+    copied, drafted = runner.serve(copying, without_lookup(copying))
+    assert copied.token_ids == drafted.token_ids
+    assert copied.counts == drafted.counts
+
+
+def test_tokens_equal_plain_when_some_repeat_and_some_do_not(runner, checkpoint):
+    """Also with fewer drafts, or none, and in rows that others have left."""
+    copying = scenario(
+        checkpoint,
+        repeating(20, [7]),
+        Request(tokens(7), {"max_tokens": 24}, joins_at=1),
+        repeating(41, [9, 12], 40, joins_at=2),
+        repeating(9, [30, 31, 32], joins_at=6),
+        repeating(9, [7], params=drafting_at_most(2), joins_at=7),
+        repeating(9, [8], params=drafting_at_most(0), joins_at=8),
+        Request(tokens(33), {"max_tokens": 16}, joins_at=9),
+    )
+    plain, copied = runner.pair(copying)
+    (drafted,) = runner.serve(without_lookup(copying))
+    assert_same_outputs(plain, copied)
+    assert copied.num_accepted > drafted.num_accepted + 30
+
+
+def drafting_at_most(num_tokens):
+    return {"extra_args": {"layerskip": {"num_speculative_tokens": num_tokens}}}
+
+
+def test_draft_steps_are_not_run_when_all_requests_have_copies(runner, checkpoint):
+    """They are until enough tokens agree; on V2, where the host goes by the step before, longer."""
+    requests = (repeating(20, [7], 50), repeating(11, [8], 50))
+    copied, num_steps = runner.run(
+        "tests.support.rows_job:serve_and_count_draft_steps", scenario(checkpoint, *requests)
+    )
+    num_verifications = len(copied.steps) - 1
+    assert num_verifications < 30
+    num_drafted = MIN_MATCH if runner.name == "v1" else MAX_MATCH + 1
+    # Warm-ups run draft steps on V2 too, but before the count begins.
+    assert K * (MIN_MATCH - 1) <= num_steps <= K * num_drafted < K * num_verifications
+
+
+def test_copies_are_of_the_own_text_when_a_row_was_anothers(runner, checkpoint):
+    """A text of the same token as the one before it would be copied from that from the start."""
+    alone = scenario(checkpoint, repeating(20, [7]))
+    in_turn = scenario(checkpoint, *(repeating(20, [7], phase=phase) for phase in range(3)))
+    one, three = runner.serve(alone, in_turn)
+    assert three.num_accepted == 3 * one.num_accepted
+    assert three.num_drafts == 3 * one.num_drafts
+
+
+def test_tokens_equal_plain_when_repeating_requests_are_preempted(runner, checkpoint):
+    requests = tuple(repeating(26, [7 + seed], 20) for seed in range(3))
+    copying = scenario(
+        checkpoint, *requests, kv_cache_memory_bytes=5 * BLOCK_BYTES, max_model_len=64
+    )
+    plain, copied = runner.pair(copying)
+    assert copied.num_preemptions > 0
+    assert_same_outputs(plain, copied)
+    assert copied.acceptance > 0.4
+
+
+def test_seed_gives_the_same_tokens_when_neighbours_differ(runner, checkpoint):
+    """One whose copies end with a batch that runs no draft steps, and with one that does."""
+    params = {"temperature": 0.6, "seed": 5}
+    request = repeating(20, [9, 12], 60, params=params)
+    other = Request(tokens(7), {"max_tokens": 40})
+    alone, beside = runner.serve(
+        scenario(checkpoint, request), scenario(checkpoint, request, other)
+    )
+    assert len(set(alone.token_ids[0][0])) == 2
+    assert beside.token_ids[0] == alone.token_ids[0]
