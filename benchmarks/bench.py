@@ -22,11 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_report import (
-    draw_grid,
-    draw_memory,
-    write_report,
-)
+from benchmarks.bench_report import draw_grid, draw_memory, write_report
 from benchmarks.decoding.speedup_picture import make_speedup_figure
 from benchmarks.serving.bench_serve import bench_servers
 from benchmarks.serving.vllm_command import PLAIN
@@ -50,8 +46,11 @@ STUDIES: Mapping[str, tuple[str, Sequence[str]]] = {
         ),
     ),
     "scale": (
-        "Random weights of 0.6 B, whose drafts are accepted at 73 %",
-        ("--preset", "cpu-0.6b", "--batch-sizes", "1", "4", "16", "--max-tokens", "64"),
+        "Random weights of 0.6 B, whose drafts of 4 are accepted at 73 %",
+        (
+            *("--preset", "cpu-0.6b", "--batch-sizes", "1", "4", "16", "32"),
+            *("--max-tokens", "64", "--repeats", "3"),
+        ),
     ),
     "grid": (
         "The embedded checkpoint on held-out code, by E and K, one request",
@@ -124,12 +123,14 @@ def choose_systems(name: str) -> list[str]:
     """Return the systems of a study; a peer whose package is not installed is left out aloud."""
     if name == "grid":
         return ["plain", *(f"layerskip+E{exit_layer}+K{k}" for exit_layer, k in GRID)]
-    systems = ["plain", *OWN, *PEERS]
-    if list_gpu_names():
-        systems.remove("layerskip+reuse")  # on Model Runner V1 of CPUs alone
-    if name == "scale":  # bfloat16, in which transformers' texts may part from vLLM's
-        systems = [system for system in systems if "lookup" not in system]
-    if find_spec("arctic_inference") is None:
+    # All engines of a study are in memory at the same time.
+    peers = PEERS if name == "code" else ("draft_model",)
+    systems = ["plain", *OWN, *peers]
+    if name == "scale":  # random texts repeat nothing
+        systems[systems.index("layerskip+lookup")] = "layerskip+auto+reuse"
+    if list_gpu_names():  # what Model Runner V1 alone does, on CPUs
+        systems = [system for system in systems if "reuse" not in system]
+    if "suffix" in systems and find_spec("arctic_inference") is None:
         print("bench: suffix is left out: arctic-inference is not installed", flush=True)
         systems.remove("suffix")
     return systems
