@@ -30,6 +30,7 @@ def write_report(studies: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             "",
         ]
         if "served" in study:
+            lines += [*_tell_served_losses(study["served"]), ""]
             lines += _tabulate_served(study["served"])
             continue
         lines += [*study["conditions"], ""]
@@ -93,6 +94,21 @@ def _tabulate(study: Mapping[str, Any]) -> Iterator[str]:
             )
         )
     yield ""
+
+
+def _tell_served_losses(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield a sentence for each load at which layerskip as it ships is slower than plain vLLM."""
+    speeds = {
+        (line["dataset"], line["num_clients"], line["system"]): line["result"]["output_throughput"]
+        for line in results
+    }
+    for (dataset, num_clients, system), own in speeds.items():
+        plain = speeds[dataset, num_clients, "plain"]
+        if system == "layerskip" and own < plain:
+            yield (
+                f"- layerskip loses with {num_clients} clients on {dataset}: "
+                f"{own / plain:.2f} times plain."
+            )
 
 
 def _tabulate_served(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:

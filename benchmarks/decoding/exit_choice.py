@@ -11,7 +11,7 @@ bytes read, at batch 1, the model's own step being 1.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -132,18 +132,29 @@ class Game:
             num_tokens += best[1][1]
         return num_tokens / cost
 
-    def history_speed(self, drafts: Sequence[DraftPlan], decay: float, sees_all: bool) -> float:
+    def agreement(self) -> dict[int, float]:
+        """Return how often each exit agrees with the model, by its number of layers."""
+        num_exits = len(self.matches[0])
+        return {
+            exit_layer: sum(sum(rows[exit_layer - 1]) for rows in self.matches)
+            / sum(len(rows[exit_layer - 1]) for rows in self.matches)
+            for exit_layer in range(1, num_exits + 1)
+        }
+
+    def history_speed(
+        self,
+        drafts: Sequence[DraftPlan],
+        decay: float,
+        sees_all: bool,
+        prior: Mapping[int, float],
+    ) -> float:
         """How fast it is to draft in the way that a request's own rounds promise most of.
 
         With `sees_all` each round shows what every exit would have drafted, which nobody could know
-        for nothing; else that of the exit that drafted, and the others take turns now and then.
+        for nothing; else that of the exit that drafted, and the others take turns now and then. A
+        request begins with `prior`, how often each exit agreed elsewhere.
         """
         exits = sorted({draft.exit_layer for draft in drafts})
-        prior = {
-            exit_layer: sum(sum(rows[exit_layer - 1]) for rows in self.matches)
-            / sum(len(rows[exit_layer - 1]) for rows in self.matches)
-            for exit_layer in exits
-        }
         histories: dict[int, History] = {}
 
         def choose(prompt: int, place: int) -> DraftPlan:
@@ -198,6 +209,7 @@ def compare(
     What is fixed, the one exit or the rule's exits and memory, is chosen by other prompts.
     """
     drafts = [DraftPlan(e, num) for e in exits for num in by_exit[e]]
+    prior = tuned_on.agreement()
     best = tuned_on.best_fixed(drafts)[1]
     of_best = [draft for draft in drafts if draft.exit_layer == best.exit_layer]
     pairs = [
@@ -207,7 +219,7 @@ def compare(
     ]
 
     def play(sets: Sequence[Sequence[DraftPlan]], sees_all: bool) -> float:
-        rules = [(some, decay, sees_all) for some in sets for decay in DECAYS]
+        rules = [(some, decay, sees_all, prior) for some in sets for decay in DECAYS]
         return game.history_speed(*max(rules, key=lambda rule: tuned_on.history_speed(*rule)))
 
     alone = [Game([rows], game.shares).best_fixed(drafts)[0] for rows in game.matches]

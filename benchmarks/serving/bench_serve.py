@@ -70,11 +70,14 @@ def bench_servers(
     """
     out.mkdir(parents=True, exist_ok=True)
     prompts = out / "prompts.jsonl"
-    num_prompts = 2 * max(clients)
+    num_prompts = max(_count_prompts(num) for num in clients)
     lines = (json.dumps({"prompt": text}) for text in held_out_prompts(num_prompts))
     prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
     datasets = {
-        "custom": ["--dataset-path", str(prompts), "--custom-output-len", str(MAX_TOKENS)],
+        "custom": [
+            *("--dataset-path", str(prompts), "--custom-output-len", str(MAX_TOKENS)),
+            "--skip-chat-template",
+        ],
         "random": [
             *("--random-input-len", str(NUM_RANDOM_TOKENS)),
             *("--random-output-len", str(MAX_TOKENS)),
@@ -96,9 +99,15 @@ def bench_servers(
     return results
 
 
+def _count_prompts(num_clients: int) -> int:
+    return max(16, 2 * num_clients)
+
+
 def _make_server(name: str, model: str, dtype: str, flags: Sequence[str], out: Path) -> Server:
     kind = PLAIN if name == PLAIN else LAYERSKIP
-    command = build_commands(model, dtype, vllm_args=flags if kind == LAYERSKIP else ())[kind]
+    # So that no prompt is cached from a run with fewer clients.
+    flags = ["--no-enable-prefix-caching", *(flags if kind == LAYERSKIP else ())]
+    command = build_commands(model, dtype, vllm_args=flags)[kind]
     env = build_env(kind, model, is_gpu=bool(list_gpu_names())) | float32_env(dtype)
     return Server(name, resolve_vllm(command), out / f"{name}.log", env)
 
@@ -109,10 +118,16 @@ def _ask(
     file = out / f"{server.name}-{dataset}-{num_clients}.json"
     command = ["vllm", "bench", "serve", "--base-url", server.url, "--model", SERVED_MODEL_NAME]
     command += ["--tokenizer", model, "--dataset-name", dataset, *words, "--ignore-eos"]
-    command += ["--max-concurrency", str(num_clients), "--num-prompts", str(2 * num_clients)]
-    command += ["--num-warmups", str(num_clients), "--temperature", "0", "--disable-tqdm"]
+    num_prompts = _count_prompts(num_clients)
+    command += ["--max-concurrency", str(num_clients), "--num-prompts", str(num_prompts)]
+    command += ["--seed", str(num_clients), "--temperature", "0", "--disable-tqdm"]
     command += ["--save-result", "--result-dir", str(out), "--result-filename", file.name]
     with (out / "client.log").open("a") as log:
         subprocess.run(resolve_vllm(command), check=True, stdout=log, stderr=log)
     result = json.loads(file.read_text())
+    if result["failed"] or result["completed"] != num_prompts:
+        raise RuntimeError(
+            f"{server.name}: of {num_prompts} requests of {dataset} {result['completed']} were "
+            f"answered; see {out}/client.log and {server.log_path}."
+        )
     return {name: result.get(name) for name in FIELDS}

@@ -94,7 +94,9 @@ def _read_length(text: str) -> int | str:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of tokens; it must be an integer, '{AUTO}' or '{AUTO}:8'."
+        ) from None
 
 
 def is_auto(num_speculative_tokens: Any) -> bool:

@@ -32,6 +32,7 @@ def publish_info(stat_logger: PrometheusStatLogger) -> None:
         "exit_adapter": config.exit_adapter or "",
         "draft_vocab_size": str(config.draft_vocab_size),
         "lookup": config.lookup,
+        "reuse_exit_states": config.reuse_exit_states,
     }
     gauge = stat_logger._gauge_cls(
         name=NAME,

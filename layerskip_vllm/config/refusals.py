@@ -140,6 +140,13 @@ def check_auto_length(
                 f"num_speculative_tokens is {length!r} and {other} is {settings[other]!r}, but "
                 f"{reason}; leave one of them out."
             )
+    backend = parallel_config.distributed_executor_backend
+    if backend == "external_launcher" and parallel_config.world_size > 1:
+        raise ValueError(
+            f"num_speculative_tokens is {length!r} and distributed_executor_backend is "
+            f"{backend!r}, but each rank has a scheduler of its own there, and would choose by its "
+            "own clock; give a number."
+        )
     if model_config.is_moe and parallel_config.data_parallel_size > 1:
         raise ValueError(
             f"num_speculative_tokens is {length!r} and data_parallel_size is "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from layerskip_vllm.checkpoint.weight_shares import estimate_shares
+from layerskip_vllm.config.request import max_num_drafts
 from layerskip_vllm.drafting.acceptance import DraftResult
 from layerskip_vllm.drafting.draft_lengths import DraftLengths
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
 
     from layerskip_vllm.config.speculative import LayerSkipConfig
 
@@ -55,21 +57,30 @@ def observe_step(
         model_output: What it sampled: the drafts that were accepted, and one token more.
     """
     lengths = _lengths.get(scheduler)
-    if lengths is None:
+    if lengths is None or not _config_of(scheduler).is_length_auto:
         return
     results, is_decode = {}, True
     sampled = model_output.sampled_token_ids
-    invalid = output.num_invalid_spec_tokens or {}
     for req_id, num_tokens in output.num_scheduled_tokens.items():
         num_drafts = len(output.scheduled_spec_decode_tokens.get(req_id, ()))
         is_decode &= num_tokens == 1 + num_drafts
-        if req_id not in scheduler.requests:
+        request = scheduler.requests.get(req_id)
+        if request is None:
             continue  # aborted meanwhile
         num_sampled = len(sampled[model_output.req_id_to_index[req_id]]) if sampled else 0
-        num_drafts = num_drafts - invalid.get(req_id, 0) if num_sampled else 0
+        if num_sampled == 0:
+            num_drafts = 0  # in the middle of its prompt
+        elif request.use_structured_output and num_drafts < _num_drafted(lengths, request):
+            num_drafts += 1  # what the grammar does not allow was left out, and is refused
         results[req_id] = DraftResult(num_drafts, max(0, min(num_drafts, num_sampled - 1)))
     lengths.observe(output.num_spec_tokens_to_schedule, results, is_decode)
     lengths.forget(output.finished_req_ids)
+
+
+def _num_drafted(lengths: DraftLengths, request: Request) -> int:
+    """Count what the step before has drafted for a request."""
+    limit = max_num_drafts(request.sampling_params)
+    return lengths.num_drafted if limit is None else min(limit, lengths.num_drafted)
 
 
 def _config_of(scheduler: Scheduler) -> LayerSkipConfig:

@@ -40,7 +40,12 @@ class DraftLengths:
 
     Now and then a probe takes the other side for a few steps, no drafts where there are some, one
     where there are none, so that neither a rate nor a time stays as it once was.
+
+    Attributes:
+        num_drafted: How many tokens the last step that was observed has drafted.
     """
+
+    num_drafted: int
 
     def __init__(
         self,
@@ -55,6 +60,7 @@ class DraftLengths:
             draft_share: What a draft step reads of the model's weights, 0 to 1.
             clock: Returns the time in seconds.
         """
+        self.num_drafted = 0
         self._acceptance = RequestAcceptance(max_num_drafts)
         self._times = StepTimeTable(max_num_drafts, draft_share)
         self._clock = clock
@@ -75,6 +81,7 @@ class DraftLengths:
             is_decode: Whether all its requests were past their prompts.
         """
         now, last = self._clock(), self._last
+        self.num_drafted = num_drafts
         self._last = _Step(now, num_drafts, frozenset(results)) if results and is_decode else None
         # The time since the last step is this one's if that one had the same requests, so that the
         # engine did not wait in between, and drafted as many tokens as this one.

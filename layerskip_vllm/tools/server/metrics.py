@@ -99,6 +99,7 @@ class LayerSkipInfo(BaseModel, frozen=True):
     exit_adapter: str  # its folder; empty without one
     draft_vocab_size: int  # how many tokens drafts choose among
     lookup: str  # "auto" where drafts are copied from text that repeats, else "off"
+    reuse_exit_states: str  # "off", or where verification may begin at the exit, "auto" or "on"
 
     @classmethod
     def read(cls, metrics: Iterable[Metric]) -> Self | None:

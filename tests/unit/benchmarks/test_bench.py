@@ -104,10 +104,12 @@ def test_served_figures_are_beside_plains_of_the_same_load(report):
         }
 
     lines = [line("plain", 1, 100.0), line("layerskip", 1, 130.0)]
-    lines += [line("plain", 4, 200.0), line("layerskip", 4, 220.0)]
+    lines += [line("plain", 4, 200.0), line("layerskip", 4, 190.0)]
     text = report("served", ABOUT | {"served": lines})
     assert "| custom | 1 | layerskip | 130.0 | 1.30 |" in text
-    assert "| custom | 4 | layerskip | 220.0 | 1.10 |" in text
+    assert "| custom | 4 | layerskip | 190.0 | 0.95 |" in text
+    losses = [line for line in text.splitlines() if line.startswith("- layerskip loses")]
+    assert losses == ["- layerskip loses with 4 clients on custom: 0.95 times plain."]
     assert text.count("| 72 |") == 2
 
 

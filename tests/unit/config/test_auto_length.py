@@ -87,11 +87,32 @@ def test_auto_is_refused_when_ranks_must_draft_alike() -> None:
 
     from layerskip_vllm.config.refusals import check_auto_length
 
-    parallel: Any = SimpleNamespace(data_parallel_size=2)
+    parallel: Any = SimpleNamespace(data_parallel_size=2, distributed_executor_backend="mp")
     dense: Any = SimpleNamespace(is_moe=False)
     experts: Any = SimpleNamespace(is_moe=True)
     settings = {"num_speculative_tokens": "auto:4"}
     check_auto_length(settings, parallel, dense)
-    check_auto_length(settings, SimpleNamespace(data_parallel_size=1), experts)  # type: ignore[arg-type]
+    single: Any = SimpleNamespace(data_parallel_size=1, distributed_executor_backend="mp")
+    check_auto_length(settings, single, experts)
     with pytest.raises(ValueError, match=r"'auto:4' and data_parallel_size is 2, .* give a number"):
         check_auto_length(settings, parallel, experts)
+
+
+def test_auto_is_refused_when_each_rank_has_a_scheduler_of_its_own() -> None:
+    from types import SimpleNamespace
+
+    from layerskip_vllm.config.refusals import check_auto_length
+
+    model: Any = SimpleNamespace(is_moe=False)
+    settings = {"num_speculative_tokens": "auto"}
+    for world_size in (1, 2):
+        parallel: Any = SimpleNamespace(
+            data_parallel_size=1,
+            distributed_executor_backend="external_launcher",
+            world_size=world_size,
+        )
+        if world_size == 1:
+            check_auto_length(settings, parallel, model)
+            continue
+        with pytest.raises(ValueError, match=r"executor_backend is 'external_launcher'.* a number"):
+            check_auto_length(settings, parallel, model)

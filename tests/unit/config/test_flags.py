@@ -202,7 +202,7 @@ def test_flags_are_refused_when_they_make_no_sense(
         ),
         (
             "--speculative-model=layerskip --num-speculative-tokens 2.5",
-            ["--num-speculative-tokens", "invalid int value: '2.5'"],
+            ["--num-speculative-tokens", "'2.5' is no number of tokens", "'auto:8'"],
         ),
         ("--spec-method LayerSkip", ["--spec-method", "'LayerSkip'", "layerskip"]),
     ],

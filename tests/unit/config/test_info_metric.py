@@ -45,6 +45,7 @@ def test_engine_says_what_drafts_when_its_metrics_start(publish: Publish) -> Non
             "exit_adapter": "",
             "draft_vocab_size": "256",
             "lookup": "off",
+            "reuse_exit_states": "off",
             "engine": "0",
         }
     ]

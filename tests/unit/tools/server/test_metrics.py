@@ -86,7 +86,8 @@ def test_info_is_read_when_a_server_says_what_drafts():
     gauge = (
         'vllm:layerskip_info{engine="0",exit_layer="8",exit_layer_source="the user",'
         'num_speculative_tokens="3",num_speculative_tokens_source="the checkpoint",'
-        'num_layers="24",exit_adapter="",draft_vocab_size="512",lookup="off"} 1.0\n'
+        'num_layers="24",exit_adapter="",draft_vocab_size="512",lookup="off",'
+        'reuse_exit_states="auto"} 1.0\n'
     )
     info = parse_sample(PAGE + gauge, 0.0).info
     assert info == LayerSkipInfo(
@@ -98,6 +99,7 @@ def test_info_is_read_when_a_server_says_what_drafts():
         exit_adapter="",
         draft_vocab_size=512,
         lookup="off",
+        reuse_exit_states="auto",
     )
     assert parse_sample(PAGE, 0.0).info is None
 

@@ -31,7 +31,7 @@ vllm:spec_decode_num_accepted_tokens_total{{engine="0"}} {drafts}
 INFO = f"""\
 vllm:layerskip_info{{engine="0",exit_layer="6",exit_layer_source="the user",\
 num_speculative_tokens="{K}",num_speculative_tokens_source="the user",\
-num_layers="24",exit_adapter="",draft_vocab_size="2048",lookup="off"}} 1.0
+num_layers="24",exit_adapter="",draft_vocab_size="2048",lookup="off",reuse_exit_states="off"}} 1.0
 """
 
 

@@ -51,7 +51,8 @@ SECOND = PAGE.format(
 INFO = (
     'vllm:layerskip_info{engine="0",exit_layer="12",exit_layer_source="the user",'
     'num_speculative_tokens="2",num_speculative_tokens_source="the checkpoint\'s config.json",'
-    'num_layers="24",exit_adapter="",draft_vocab_size="2048",lookup="auto"} 1.0\n'
+    'num_layers="24",exit_adapter="",draft_vocab_size="2048",lookup="auto",'
+    'reuse_exit_states="off"} 1.0\n'
 )
 
 STARTING = ""  # A proxy's answer while the server behind it starts.
