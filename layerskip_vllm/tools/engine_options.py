@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from layerskip_vllm.checkpoint.validation import Settings
+from layerskip_vllm.config.flags import is_auto
 from layerskip_vllm.tools.command_line import Option
 from layerskip_vllm.tools.engine_process import EngineProcess
 from layerskip_vllm.tools.float32 import float32_env
@@ -31,9 +32,10 @@ class EngineOptions(Settings):
     exit_layer: Annotated[int | None, Option(metavar="E")] = Field(
         default=None, description="the layers that draft; the checkpoint's own when not given"
     )
-    num_speculative_tokens: Annotated[int | None, Option(metavar="K")] = Field(
+    num_speculative_tokens: Annotated[str | None, Option(metavar="K")] = Field(
         default=None,
-        description="the tokens drafted for each step; the checkpoint's own when not given",
+        description="the tokens drafted for each step, or `auto`, or `auto:N` with the most; the "
+        "checkpoint's own when not given",
     )
     speculative: Annotated[dict[str, Any], Option(flag="--speculative-config")] = Field(
         default={},
@@ -53,6 +55,12 @@ class EngineOptions(Settings):
 
     @model_validator(mode="after")
     def _check_settings_of_vllm(self) -> Self:
+        length = self.num_speculative_tokens
+        if length is not None and not (length.isdecimal() or is_auto(length)):
+            raise ValueError(
+                f"num_speculative_tokens is {length!r}; it must be an integer of at least 1, "
+                "'auto', or 'auto:8', whose 8 is the most that a step drafts."
+            )
         for name in self.reserved:
             if name in self.engine:
                 raise ValueError(
@@ -68,11 +76,12 @@ class EngineOptions(Settings):
 
     def join_speculative_settings(self) -> dict[str, Any]:
         """Join `--speculative-config` and the options beside it, each setting said once."""
-        given = {
-            name: value
-            for name in ("exit_layer", "num_speculative_tokens")
-            if (value := getattr(self, name)) is not None
+        length = self.num_speculative_tokens
+        options = {
+            "exit_layer": self.exit_layer,
+            "num_speculative_tokens": int(length) if length and length.isdecimal() else length,
         }
+        given = {name: value for name, value in options.items() if value is not None}
         for name in given:
             if name in self.speculative:
                 raise ValueError(

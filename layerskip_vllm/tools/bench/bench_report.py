@@ -68,7 +68,7 @@ class BenchReport:
         table.add_row(
             Path(self.model).name,
             str(facts.exit_layer),
-            str(facts.num_speculative_tokens),
+            facts.length,
             *(_arrow((means[PLAIN][name], means[LAYERSKIP][name]), 3) for name in names),
             _arrow((self.runs[PLAIN].tokens_per_s, self.runs[LAYERSKIP].tokens_per_s), 1),
             f"{self.speedup:.2f}",
@@ -111,6 +111,7 @@ class BenchReport:
                 "runner": run.facts.runner,
                 "exit_layer": run.facts.exit_layer,
                 "num_speculative_tokens": run.facts.num_speculative_tokens,
+                "length": run.facts.length,
             }
             for name, run in self.runs.items()
         }

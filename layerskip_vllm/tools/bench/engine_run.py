@@ -11,6 +11,7 @@ from layerskip_vllm.tools.server.metrics import SpecDecodeCounters
 
 if TYPE_CHECKING:
     from vllm import LLM
+    from vllm.config import VllmConfig
 
 _llm: LLM  # the process's own
 
@@ -24,7 +25,8 @@ class EngineFacts:
     dtype: str  # such as float32
     max_model_len: int  # tokens of its context
     exit_layer: int | None  # E; None for plain vLLM
-    num_speculative_tokens: int  # K; 0 for plain vLLM
+    num_speculative_tokens: int  # K, or the most where it is "auto"; 0 for plain vLLM
+    length: str  # K in words, such as "auto, up to 8"
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,27 @@ def start_engine(engine: Mapping[str, Any]) -> EngineFacts:
     """Start the engine, and keep it for the rounds."""
     global _llm
     from vllm import LLM
-    from vllm.platforms import current_platform
 
     _llm = LLM(**engine, disable_log_stats=False)
-    config = _llm.llm_engine.vllm_config
+    return find_facts(_llm.llm_engine.vllm_config)
+
+
+def find_facts(config: VllmConfig) -> EngineFacts:
+    """Say what an engine of this configuration is."""
+    from vllm.platforms import current_platform
+
+    from layerskip_vllm.config.speculative import LayerSkipConfig
+
+    speculative = config.speculative_config
+    draft = speculative if isinstance(speculative, LayerSkipConfig) else None
     return EngineFacts(
         runner="V2" if config.use_v2_model_runner else "V1",
         device=current_platform.get_device_name(),
         dtype=str(config.model_config.dtype).removeprefix("torch."),
         max_model_len=config.model_config.max_model_len,
-        exit_layer=getattr(config.speculative_config, "exit_layer", None),
+        exit_layer=draft.exit_layer if draft else None,
         num_speculative_tokens=config.num_speculative_tokens,
+        length=draft.describe_length() if draft else "0",
     )
 
 

@@ -14,6 +14,7 @@ from layerskip_vllm.tools.commands import main
         (["xsum", "--data=nowhere.jsonl"], "data is 'nowhere.jsonl'; it must be a file"),
         (["xsum", "--batch-size=0"], "batch_size is 0; it must be an integer of at least 1"),
         (["xsum", "--engine-args", '{"dtype": "half"}'], "engine_args has 'dtype', which is set"),
+        (["xsum", "--num-speculative-tokens=some"], "num_speculative_tokens is 'some'; it must be"),
         (
             ["xsum", "--exit-layer=2", "--speculative-config", '{"exit_layer": 4}'],
             "--exit-layer and --speculative-config['exit_layer'] are mutually exclusive",

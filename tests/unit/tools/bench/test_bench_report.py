@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from layerskip_vllm.tools.bench.bench_report import BenchReport
 from layerskip_vllm.tools.bench.command import BenchCommand
-from layerskip_vllm.tools.bench.engine_run import EngineFacts, TaskRound
+from layerskip_vllm.tools.bench.engine_run import EngineFacts, TaskRound, find_facts
 from layerskip_vllm.tools.bench.samples import TaskSample
 from layerskip_vllm.tools.bench.tasks import TASKS
 from layerskip_vllm.tools.bench.turns import TaskRun
@@ -35,8 +37,21 @@ def make_run(
         )
         for took, ids, rate in zip(seconds, tokens, rates.split(), strict=True)
     ]
-    facts = EngineFacts("V1", "cpu", "float32", 128, exit_layer, 4 if exit_layer else 0)
+    length = 4 if exit_layer else 0
+    facts = EngineFacts("V1", "cpu", "float32", 128, exit_layer, length, str(length))
     return TaskRun(facts, tuple(rounds))
+
+
+def list_cells(report: BenchReport) -> list[list[str]]:
+    """Print a report's table and read its lines."""
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(report.build_table())
+    return [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in capture.get().splitlines()
+        if line.startswith("│")
+    ]
 
 
 @pytest.fixture
@@ -64,12 +79,7 @@ def test_table_has_this_run_over_the_papers_lines(report: BenchReport) -> None:
     console = Console(width=200)
     with console.capture() as capture:
         console.print(report.build_table())
-    lines = [
-        [cell.strip() for cell in line.split("│")[1:-1]]
-        for line in capture.get().splitlines()
-        if line.startswith("│")
-    ]
-    assert lines == [
+    assert list_cells(report) == [
         ["mine", "8", "4", "0.300 → 0.350", "1.2 → 3.0", "3.33", "50.0%"],
         ["paper, Table 3: Llama2 7B, H100", "8", "12", "0.073 → 0.073", "63.4 → 104.7", "1.54",
          "54.6%"],
@@ -77,6 +87,26 @@ def test_table_has_this_run_over_the_papers_lines(report: BenchReport) -> None:
          "67.7%"],
     ]  # fmt: skip
     assert "1 more did not fit into the context" in capture.get()
+
+
+@pytest.mark.parametrize(
+    ("length", "words"), [("auto", "auto, up to 8"), ("auto:3", "auto, up to 3"), (3, "3")]
+)
+def test_report_says_so_when_the_engine_chooses_how_much_it_drafts(
+    configure: Callable[..., Any], report: BenchReport, length: str | int, words: str
+) -> None:
+    settings = {"method": "layerskip", "exit_layer": 2, "num_speculative_tokens": length}
+    facts = find_facts(configure(speculative_config=settings))
+    runs = {**report.runs, "layerskip": replace(report.runs["layerskip"], facts=facts)}
+    report = replace(report, runs=runs)
+    assert list_cells(report)[0][1:3] == ["2", words]
+    assert report.to_json()["runs"]["layerskip"]["length"] == words
+    assert report.to_json()["runs"]["plain"]["length"] == "0"
+
+
+def test_plain_vllm_has_neither_e_nor_k(configure: Callable[..., Any]) -> None:
+    facts = find_facts(configure())
+    assert (facts.exit_layer, facts.num_speculative_tokens, facts.length) == (None, 0, "0")
 
 
 def test_json_has_every_completion_with_its_scores(report: BenchReport) -> None:
@@ -99,15 +129,23 @@ def test_json_has_every_completion_with_its_scores(report: BenchReport) -> None:
         ),
         ({"model": "/m/layerskip-llama2-13B/"}, {"exit_layer": 15, "num_speculative_tokens": 12}),
         (
-            {"model": "facebook/layerskip-llama2-7B", "num_speculative_tokens": 3},
+            {"model": "facebook/layerskip-llama2-7B", "num_speculative_tokens": "3"},
             {"exit_layer": 8, "num_speculative_tokens": 3},
+        ),
+        (
+            {"model": "facebook/layerskip-llama2-7B", "num_speculative_tokens": "auto:6"},
+            {"exit_layer": 8, "num_speculative_tokens": "auto:6"},
+        ),
+        (
+            {"model": "facebook/layerskip-llama2-7B", "speculative": {"exit_adapter": "mine"}},
+            {"exit_adapter": "mine"},
         ),
         ({"model": "facebook/layerskip-llama3-8B"}, {}),
         ({"model": "mine", "exit_layer": 2}, {"exit_layer": 2}),
     ],
 )
 def test_e_and_k_are_the_papers_for_its_checkpoints(
-    options: dict[str, object], expected: dict[str, int]
+    options: dict[str, object], expected: dict[str, object]
 ) -> None:
     engines = BenchCommand(task="cnn_dm", **options)._make_engines()
     assert engines["layerskip"]["speculative_config"] == {"method": "layerskip", **expected}
