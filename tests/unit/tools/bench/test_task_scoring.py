@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
+from absl import logging as absl_logging
 
 from layerskip_vllm.tools.bench.samples import TaskSample
 from layerskip_vllm.tools.bench.scoring import cut_body, measure_rouge_2, score_runs
 from layerskip_vllm.tools.bench.tasks import TASKS
 from layerskip_vllm.tools.engine_process import EngineProcess
+
+# rouge-score brings absl, whose handler closes its stream when vLLM configures logging anew: that
+# must not be pytest's.
+absl_logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 
 PROBLEM = {
     "task_id": "Test/0",
