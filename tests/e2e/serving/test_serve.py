@@ -187,6 +187,9 @@ def test_server_says_what_drafts_when_its_metrics_are_read(server: ModelServer) 
         "num_layers": "8",
         "exit_adapter": "",
         "draft_vocab_size": "256",
+        "is_length_auto": "false",
+        "lookup": "off",
+        "reuse_exit_states": "off",
         "engine": "0",
     }
 

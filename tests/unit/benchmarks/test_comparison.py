@@ -31,6 +31,8 @@ SETTING = RunSetting(
         num_layers=24,
         exit_adapter="",
         draft_vocab_size=2048,
+        lookup="off",
+        reuse_exit_states="off",
     ),
     dtype="float32",
     num_prompts=2,
