@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.config.speculative import SpeculativeConfig
+from vllm.platforms import current_platform
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
 from layerskip_vllm.checkpoint.entry import check_positive_int
@@ -43,6 +44,8 @@ SHARED_SETTINGS = frozenset(
 )
 # Those of vLLM's that are known: another may be lossy, as "fly" of 0.33 is.
 REJECTION_SAMPLE_METHODS = ("standard", "block", "synthetic")
+# What the tokens of all requests may take of the device's memory, for lookup.
+MAX_TABLE_BYTES = 1 << 30
 REUSES = ("auto", "on", "off")
 KNOWN_KEYS = SHARED_SETTINGS | {"method", "model", *FLAG_OF_SETTING}
 
@@ -91,18 +94,23 @@ def check_reuse(
     dp_size = parallel_config.data_parallel_size
     has_embeds = model_config.enable_prompt_embeds
     is_adaptive = bool(settings.get("enable_adaptive_verification"))
-    lookup = settings.get("lookup", "off")
     for name, value, is_refused, reason in (
         ("enable_lora", True, bool(args.enable_lora), "adapters are not mapped to its rows"),
         ("enable_prompt_embeds", True, has_embeds, "it begins with token ids"),
         ("enable_adaptive_verification", True, is_adaptive, "the device alone knows its tokens"),
-        ("lookup", lookup, lookup != "off", "a copied draft leaves no exit state"),
         ("data_parallel_size", dp_size, dp_size > 1, "ranks do not agree on it"),
         (
             "kv_transfer_config",
             args.kv_transfer_config,
             args.kv_transfer_config is not None,
             "a KV connector follows a verification through all layers",
+        ),
+        (
+            "model_impl",
+            model_config.model_impl,
+            model_config.using_transformers_backend(),
+            "vLLM cannot begin in the middle of the layers of a model that it runs through "
+            "transformers",
         ),
     ):
         if is_refused:
@@ -217,6 +225,27 @@ def _check_lookup(settings: Mapping[str, Any]) -> None:
                 f"lookup is {lookup!r} and {name} is {value!r}, which {reason}, and copied ones "
                 "have none; leave one of them out."
             )
+
+
+def check_lookup_memory(
+    settings: Mapping[str, Any], args: EngineArgs, model_config: ModelConfig
+) -> None:
+    """Refuse a lookup whose tokens would take much of a device's memory; a CPU keeps none there."""
+    is_on = settings.get("lookup", "off") != "off"
+    if is_on and args.max_num_seqs is not None and not current_platform.is_cpu():
+        check_lookup_table(args.max_num_seqs, model_config.max_model_len)
+
+
+def check_lookup_table(max_num_seqs: int, max_model_len: int) -> None:
+    """Refuse a table of all requests' tokens, of 4 bytes each, that is too large."""
+    num_bytes = 4 * max_num_seqs * max_model_len
+    if num_bytes > MAX_TABLE_BYTES:
+        raise ValueError(
+            f"lookup is 'auto', for which max_num_seqs {max_num_seqs} times max_model_len "
+            f"{max_model_len} tokens would take {num_bytes / 2**30:.1f} GiB of the device's "
+            f"memory; it must be at most {MAX_TABLE_BYTES >> 30} GiB: lower one of the two, or set "
+            "lookup to 'off'."
+        )
 
 
 def check_draft_vocab(file: Path, draft_vocab: DraftVocab, model_config: ModelConfig) -> None:

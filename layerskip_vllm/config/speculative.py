@@ -26,6 +26,7 @@ from layerskip_vllm.config.refusals import (
     check_draft_vocab,
     check_engine,
     check_exit_adapter,
+    check_lookup_memory,
     check_model,
     check_reuse,
     check_schedule,
@@ -148,6 +149,7 @@ def create_layerskip_config(
     check_model(model_config)
     check_engine(args, parallel_config)
     check_reuse(settings, args, model_config, parallel_config)
+    check_lookup_memory(settings, args, model_config)
     draft = default_settings(
         model_config.model, model_config.hf_config, model_config.get_total_num_hidden_layers()
     )

@@ -13,12 +13,11 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.spec_decode.ngram.speculator import _ngram_scan_kernel
 from vllm.v1.worker.gpu.states import RequestState
 
+from layerskip_vllm.config.refusals import check_lookup_table
 from layerskip_vllm.drafting.lookup import MAX_MATCH, MIN_MATCH
 
 # Tokens that a program of vLLM's kernel looks through.
 BLOCK_SIZE = 256
-# What the tokens of all requests may take of the device's memory.
-MAX_TABLE_BYTES = 1 << 30
 
 
 class DeviceLookup:
@@ -28,24 +27,19 @@ class DeviceLookup:
     at full length (`MAX_MATCH`) the step before. Where it has ended since, a row has no draft once.
     """
 
-    def __init__(self, req_states: RequestState):
+    def __init__(self, req_states: RequestState, may_leave_out: bool):
         """Make the buffers, which keep their addresses.
 
         Args:
             req_states: The runner's, with the table of all tokens on the device.
+            may_leave_out: Whether draft steps may be left out: data-parallel ranks draft alike.
 
         Raises:
-            ValueError: If that table is larger than `MAX_TABLE_BYTES`.
+            ValueError: If that table is too large, at a size that was not known before.
         """
-        table = req_states.all_token_ids.gpu
-        if table.nbytes > MAX_TABLE_BYTES:
-            raise ValueError(
-                f"lookup is 'auto', for which max_num_seqs {req_states.max_num_reqs} times "
-                f"max_model_len {req_states.max_model_len} tokens would take "
-                f"{table.nbytes / 2**30:.1f} GiB of the device's memory; it must be at most "
-                f"{MAX_TABLE_BYTES >> 30} GiB: lower one of the two, or set lookup to 'off'."
-            )
+        check_lookup_table(req_states.max_num_reqs, req_states.max_model_len)
         self._req_states = req_states
+        self._may_leave_out = may_leave_out
         num_blocks = triton.cdiv(req_states.max_model_len, BLOCK_SIZE)
         max_num_reqs, device = req_states.max_num_reqs, req_states.device
         self._scores = torch.zeros((max_num_reqs, num_blocks), dtype=torch.int64, device=device)
@@ -66,13 +60,27 @@ class DeviceLookup:
             input_batch: The batch that the target has just run.
 
         Returns:
-            Whether each did at full length the step before; not where a prompt is among them.
+            Whether each did at full length the step before; not where a prompt is among them, or
+            where draft steps may not be left out.
         """
-        if input_batch.has_prefill:
+        if input_batch.has_prefill or not self._may_leave_out:
             return False
         with gpu_sync_allowed():
             self._is_copied.synchronize()
         return bool(self._was_repeating[input_batch.idx_mapping_np].all())
+
+    def forget(self) -> None:
+        """Expect no copies until the next are looked for: a step without drafts looks for none.
+
+        A row may be another request's by then.
+        """
+        self._is_repeating.zero_()
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Copy what was found to the host, which waits for it when it asks."""
+        self._was_repeating.copy_(self._is_repeating, non_blocking=True)
+        self._is_copied.record()
 
     def copy_drafts(
         self,
@@ -97,7 +105,8 @@ class DeviceLookup:
             idx_mapping: `[max_num_reqs] int64`, that of the draft steps; set to -1 for rows that
                 are written, which then draft for nothing.
             input_batch: The batch that the target has just run.
-            num_sampled: `[num_reqs] int32`, 0 in the middle of a prompt.
+            num_sampled: `[num_reqs] int32`, 0 in the middle of a prompt and where there is no
+                request: what is known of the row's is left alone then.
             last_sampled: `[max_num_reqs, 1]`, by request state.
             temperature: `[max_num_reqs] float32`, by request state.
             has_draft_steps: Whether draft steps follow.
@@ -143,14 +152,16 @@ class DeviceLookup:
             num_blocks,
             states.max_model_len,
             int(has_draft_steps),
+            int(self._may_leave_out),
             MAX_MATCH=MAX_MATCH,
             BLOCK_SIZE=128,
         )
-        self._was_repeating.copy_(self._is_repeating, non_blocking=True)
-        self._is_copied.record()
+        self._hand_over()
 
 
-@triton.jit(do_not_specialize=["num_blocks", "has_draft_steps"])  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["num_blocks", "has_draft_steps", "may_leave_out"]
+)
 def _copy_drafts_kernel(  # type: ignore[no-untyped-def]
     draft_tokens_ptr,
     draft_tokens_stride,
@@ -174,6 +185,7 @@ def _copy_drafts_kernel(  # type: ignore[no-untyped-def]
     num_blocks,
     max_model_len,
     has_draft_steps,
+    may_leave_out,
     MAX_MATCH: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
@@ -196,12 +208,13 @@ def _copy_drafts_kernel(  # type: ignore[no-untyped-def]
 
     # The host left out the draft steps if it expected a copy in every row. A row of which it did
     # has no draft then. One that samples has none beside other rows either, so that a seed gives
-    # the same tokens beside any neighbours; its first token after a prompt was never expected.
+    # the same tokens beside any neighbours, unless draft steps are never left out; its first token
+    # after a prompt was never expected.
     length = tl.load(total_len_ptr + state)
     is_first = length - num_sampled <= tl.load(prefill_len_ptr + state)
     was_repeating = (tl.load(is_repeating_ptr + state) != 0) & ~is_first
     samples = tl.load(temperature_ptr + state) > 0
-    is_drafting = (has_draft_steps != 0) & ~(was_repeating & samples)
+    is_drafting = (has_draft_steps != 0) & ~(was_repeating & samples & (may_leave_out != 0))
     tl.store(is_repeating_ptr + state, has_copy & (num_matched == MAX_MATCH))
     if is_drafting & ~has_copy:
         return

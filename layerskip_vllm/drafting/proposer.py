@@ -263,10 +263,14 @@ class LayerSkipProposer(DraftModelProposer):
     def _needs_drafts(self, copies: torch.Tensor) -> bool:
         """Return whether any request has no copy in the place of its drafts.
 
-        One in the middle of its prompt needs none. Data-parallel ranks must draft alike.
+        One in the middle of its prompt needs none, nor one that takes none. Data-parallel ranks
+        must draft alike.
         """
         _, num_sampled = self._sampled
-        has_none = (copies[:, 0] < 0) & (num_sampled > 0)
+        req_ids = self.runner.input_batch.req_ids[: len(copies)]
+        requests = [self.runner.requests[req_id] for req_id in req_ids]
+        takes_some = [max_num_drafts(request.sampling_params) != 0 for request in requests]
+        has_none = (copies[:, 0] < 0) & (num_sampled > 0) & torch.tensor(takes_some)
         return bool(has_none.any()) or self.vllm_config.parallel_config.data_parallel_size > 1
 
     def pad(self, num_tokens: int) -> DraftBatch:

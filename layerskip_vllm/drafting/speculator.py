@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,12 +30,14 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from layerskip_vllm.config.speculative import LayerSkipConfig, get_layerskip_config
 from layerskip_vllm.drafting.cuda_graphs import DraftCudaGraphs
-from layerskip_vllm.drafting.device_lookup import DeviceLookup
 from layerskip_vllm.drafting.exit_model import ExitModel
 from layerskip_vllm.drafting.kernels import advance_draft, prepare_draft
 from layerskip_vllm.drafting.log import log_drafting
 from layerskip_vllm.drafting.lora import DraftLoRA, make_draft_lora
 from layerskip_vllm.drafting.target_graphs import take_any_mix
+
+if TYPE_CHECKING:
+    from layerskip_vllm.drafting.device_lookup import DeviceLookup
 
 
 class LayerSkipSpeculator(DraftModelSpeculator):
@@ -59,13 +61,20 @@ class LayerSkipSpeculator(DraftModelSpeculator):
                 "verification that begins at the exit yet; leave it out."
             )
         super().__init__(vllm_config, device)
-        is_looking_up = self.speculative_config.lookup != "off"
-        self.lookup = DeviceLookup(req_states) if is_looking_up else None
+        self.lookup = self._make_lookup(req_states)
         self.draft_steps = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
         self.graphs: DraftCudaGraphs | None = None
         self.lora: DraftLoRA | None = None
         self.lora_ids: Sequence[int] = ()
         self.is_lora_mapped = False
+
+    def _make_lookup(self, req_states: RequestState) -> DeviceLookup | None:
+        if self.speculative_config.lookup == "off":
+            return None
+        # Only here: it needs a private kernel of vLLM's, of which drafts know nothing.
+        from layerskip_vllm.drafting.device_lookup import DeviceLookup
+
+        return DeviceLookup(req_states, may_leave_out=self.dp_size == 1)  # ranks draft alike
 
     @property
     def max_model_len(self) -> int:
@@ -213,9 +222,10 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         if num_speculative_tokens is None:
             num_speculative_tokens = self.num_speculative_steps
         if num_speculative_tokens == 0:
+            if self.lookup is not None:
+                self.lookup.forget()
             return self.draft_tokens[:num_reqs].fill_(-1)
-        # Data-parallel ranks must draft alike.
-        lookup = None if dummy_run or self.dp_size > 1 else self.lookup
+        lookup = None if dummy_run else self.lookup
         has_draft_steps = lookup is None or not lookup.expects_copies(input_batch)
         longest = int(input_batch.seq_lens_cpu_upper_bound[:num_reqs].max())
         self.draft_max_seq_len = min(longest + num_speculative_tokens, self.max_model_len)
@@ -240,7 +250,8 @@ class LayerSkipSpeculator(DraftModelSpeculator):
                 self.draft_steps,
                 self.idx_mapping,
                 input_batch,
-                num_sampled,
+                # A dummy run has the kernels compiled, but no requests behind its rows.
+                torch.zeros_like(num_sampled) if dummy_run else num_sampled,
                 last_sampled,
                 temperature,
                 has_draft_steps,

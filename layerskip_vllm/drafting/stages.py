@@ -21,6 +21,8 @@ from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 
+from layerskip_vllm.config.speculative import get_layerskip_config
+
 
 def find_sliceable_model(target: nn.Module) -> nn.Module:
     """Find the one module whose forward runs a slice of the layers.
@@ -115,9 +117,10 @@ def make_stage(
     """
     if isinstance(inner, PreTrainedModel):
         if rank is not None:
+            reuse = get_layerskip_config(vllm_config).reuse_exit_states
             raise ValueError(
-                f"reuse_exit_states is on, but {type(inner).__name__} runs through transformers, "
-                "whose layers vLLM cannot begin in the middle of; leave it out."
+                f"reuse_exit_states is {reuse!r}, but {type(inner).__name__} runs through "
+                "transformers, whose layers vLLM cannot begin in the middle of; leave it out."
             )
         name = str(_name_of_layers(inner))
         children = nn.ModuleList(layers_of(inner)[layers.start : layers.stop])

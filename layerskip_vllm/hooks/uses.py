@@ -28,8 +28,8 @@ USES = (
         module="layerskip_vllm.config.refusals",
         why="a scheduler that the hooks do not reach, and a K by batch size, are refused early",
         process="whichever reads the engine arguments",
-        how="Asks whether `scheduler_cls` extends vLLM's, and has vLLM check the schedule that it "
-        "would check in the engine core.",
+        how="Asks whether `scheduler_cls` extends vLLM's and whether the platform is a CPU, and "
+        "has vLLM check the schedule that it would check in the engine core.",
         remove_when="vLLM checks the schedule with the arguments, and each request has its own K",
     ),
     Use(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm.forward_context import get_forward_context
 
 from tests.support.child_engines import engine
@@ -39,12 +41,41 @@ def serve_and_see_padding(scenario: Scenario) -> tuple[Report, list[tuple[list[b
         return server.run(), steps
 
 
-def serve_and_count_draft_steps(scenario: Scenario) -> tuple[Report, int]:
-    """Serve a scenario; also returns how many draft steps were run, on either runner."""
+def serve_and_see_draft_steps(scenario: Scenario) -> tuple[Report, list[int]]:
+    """Serve a scenario, on either runner; of each draft step, which of the report's steps ran it.
+
+    Counted from 0.
+    """
     with engine(scenario) as llm:
         server = Server(llm, scenario)
         runner = server.core.model_executor.driver_worker.worker.model_runner
         drafter = getattr(runner, "drafter", None) or runner.speculator
-        steps: list[None] = []
-        drafter.model.register_forward_pre_hook(lambda *_: steps.append(None))
-        return server.run(), len(steps)
+        steps: list[int] = []
+        drafter.model.register_forward_pre_hook(lambda *_: steps.append(len(server.steps) - 1))
+        return server.run(), steps
+
+
+def serve_and_count_lost_drafts(scenario: Scenario, num_ranks: int) -> tuple[int, list[bool]]:
+    """Serve one request on V2, with a lookup as beside other ranks; count its steps without draft.
+
+    Then run a step without requests, as an idle rank does; also returns which request states are
+    repeating after it, if all were before.
+    """
+    with engine(scenario) as llm:
+        server = Server(llm, scenario)
+        worker = server.core.model_executor.driver_worker.worker
+        lookup = worker.model_runner.speculator.lookup
+        lookup._may_leave_out = num_ranks == 1
+        copy_drafts, is_lost = lookup.copy_drafts, []
+
+        def see(tokens: Any, buffers: Any, steps: Any, idx_mapping: Any, *others: Any) -> None:
+            copy_drafts(tokens, buffers, steps, idx_mapping, *others)
+            has_copy = lookup._scores[0, 0] > 0
+            is_lost.append(bool((idx_mapping[0] < 0) & ~has_copy))
+
+        lookup.copy_drafts = see
+        server.run()
+        num_lost = sum(is_lost)
+        lookup._is_repeating.fill_(True)
+        worker.execute_dummy_batch()
+        return num_lost, lookup._is_repeating.tolist()

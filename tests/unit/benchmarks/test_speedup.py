@@ -76,12 +76,15 @@ def test_acceptance_is_given_when_a_gpu_has_drawn_the_weights(on_gpu, tmp_path):
 
 
 def test_layerskip_has_the_settings_that_its_name_says(on_gpu, tmp_path):
-    name = "layerskip+auto+draft_vocab+lookup+reuse"
-    options = parse_options(["--dummy-weights", "--preset", "tiny", "--systems", "plain", name])
-    args = make_engine_args(name, options, make_shape(PRESETS["tiny"], tmp_path))
-    settings = args["speculative_config"]
+    name, reusing = "layerskip+auto+draft_vocab+lookup", "layerskip+reuse"
+    systems = ["--systems", "plain", name, reusing]
+    options = parse_options(["--dummy-weights", "--preset", "tiny", *systems])
+    checkpoint = make_shape(PRESETS["tiny"], tmp_path)
+    reused = make_engine_args(reusing, options, checkpoint)["speculative_config"]
+    assert (reused["reuse_exit_states"], "lookup" in reused) == ("auto", False)
+    settings = make_engine_args(name, options, checkpoint)["speculative_config"]
     assert settings["num_speculative_tokens"] == "auto:4"
-    assert (settings["lookup"], settings["reuse_exit_states"]) == ("auto", "auto")
+    assert (settings["lookup"], "reuse_exit_states" in settings) == ("auto", False)
     draft_vocab = read_draft_vocab(Path(settings["draft_vocab"]))
     assert (draft_vocab.vocab_size, len(draft_vocab.token_ids)) == (1024, 256)
     options.draft_vocab = tmp_path / "mine.json"

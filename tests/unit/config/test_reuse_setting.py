@@ -62,3 +62,9 @@ def test_setting_is_refused_when_verification_needs_all_layers(
 def test_setting_is_refused_when_verification_is_adaptive(configure: Configure) -> None:
     with pytest.raises(ValueError, match="reuse_exit_states is 'on' and enable_adaptive_verificat"):
         reuse(configure, "on", {"enable_adaptive_verification": True})
+
+
+def test_setting_is_refused_when_the_model_runs_through_transformers(configure: Configure) -> None:
+    reuse(configure, "off", model_impl="transformers")
+    with pytest.raises(ValueError, match="reuse_exit_states is 'auto' and model_impl is 'transfor"):
+        reuse(configure, "auto", model_impl="transformers")

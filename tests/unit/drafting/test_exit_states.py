@@ -87,14 +87,15 @@ def test_states_are_in_the_tokens_order_when_some_are_made(states: Any) -> None:
     assert merged["hidden_states"].flatten().tolist() == [0, 10, -1, -2, -3]
 
 
-def test_model_is_refused_when_it_runs_through_transformers() -> None:
+def test_model_is_refused_when_it_runs_through_transformers(configure: Any) -> None:
     from transformers import LlamaConfig, LlamaModel
 
     from layerskip_vllm.drafting.stages import FIRST_RANK, make_stage
 
     inner = LlamaModel(LlamaConfig(num_hidden_layers=2, hidden_size=64, vocab_size=8))
-    with pytest.raises(ValueError, match="reuse_exit_states is on, but LlamaModel runs through tr"):
-        make_stage(inner, range(1), None, FIRST_RANK)  # type: ignore[arg-type]
+    config = configure(speculative_config={"method": "layerskip", "reuse_exit_states": "auto"})
+    with pytest.raises(ValueError, match="reuse_exit_states is 'auto', but LlamaModel runs throug"):
+        make_stage(inner, range(1), config, FIRST_RANK)
 
 
 def test_engine_is_refused_when_its_runner_is_v2(configure: Any) -> None:
