@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 NUM_SPECULATIVE_TOKENS = 3
 LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
 OWN_K = "requests that draft less"
+COPIED = "copied drafts"
 ADAPTIVE = "adaptive verification"
 DRAFT_VOCAB: dict[str, Any] = {"draft_vocab": "a file that is made for the case"}
 SYNC_CHECK = {"VLLM_GPU_SYNC_CHECK": "error"}  # vLLM ends a step in which the host waits
@@ -59,7 +60,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str], str]] = {
         FULL,
     ),
     "no host sync": ({}, {}, SYNC_CHECK, FULL),
-    "copied drafts": ({}, {"lookup": "auto"}, SYNC_CHECK, FULL),
+    COPIED: ({}, {"lookup": "auto"}, SYNC_CHECK, FULL),
     "no async scheduling": ({"async_scheduling": False}, {}, {}, FULL),
     # vLLM asserts that several ranges of compiled sizes come of a graph with a size in it.
     "one request, compiled in ranges": (
@@ -120,7 +121,38 @@ def run_case(name: str, model: str) -> None:
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     if name == OWN_K:
         _check_own_k(llm, runner)
+    if name == COPIED:
+        _check_copies(llm, runner)
     print("result:", json.dumps(_describe(runner, graphs)))
+
+
+def _check_copies(llm: Any, runner: Any) -> None:
+    """See no draft step but after the prompts, where copies are expected in all rows."""
+    from vllm import SamplingParams
+
+    speculator = runner.speculator
+    lookup, graphs = speculator.lookup, speculator.graphs
+    copy_drafts, run_fullgraph = lookup.copy_drafts, graphs.run_fullgraph
+    has_draft_steps: list[bool] = []
+    replays: list[Any] = []
+
+    def see_copies(*args: Any) -> None:
+        has_draft_steps.append(args[-1])
+        copy_drafts(*args)
+
+    def see_replay(desc: Any) -> Any:
+        replays.append(desc)
+        return run_fullgraph(desc)
+
+    # No text is computed here, so none repeats itself.
+    lookup.expects_copies = lambda batch: not batch.has_prefill
+    lookup.copy_drafts, graphs.run_fullgraph = see_copies, see_replay
+    prompts = [{"prompt_token_ids": [2 + index, 3, 4]} for index in range(3)]
+    sampling = SamplingParams(max_tokens=8, ignore_eos=True, temperature=0.0)
+    llm.generate(prompts, sampling, use_tqdm=False)
+    assert has_draft_steps.count(False) > 0, f"draft steps in all {len(has_draft_steps)} steps"
+    num_expected = NUM_SPECULATIVE_TOKENS * has_draft_steps.count(True)
+    assert len(replays) == num_expected > 0, f"{len(replays)} draft steps, not {num_expected}"
 
 
 def _check_own_k(llm: Any, runner: Any) -> None:
