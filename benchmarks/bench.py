@@ -49,7 +49,7 @@ STUDIES: Mapping[str, tuple[str, Sequence[str]]] = {
         "Random weights of 0.6 B, whose drafts of 4 are accepted at 73 %",
         (
             *("--preset", "cpu-0.6b", "--batch-sizes", "1", "4", "16", "32"),
-            *("--max-tokens", "64", "--repeats", "3"),
+            *("--max-tokens", "48", "--repeats", "3"),
         ),
     ),
     "grid": (

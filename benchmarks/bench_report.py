@@ -190,6 +190,6 @@ def draw_memory(study: Mapping[str, Any]) -> Figure:
     bars = axes.barh(systems, peaks, color=colors)
     axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=9, color=INK)
     axes.margins(x=0.12)
-    style_axes(axes, study["title"], "peak memory of the engine's process, GiB")
+    style_axes(axes, "Peak memory of the engine's process, GiB", study["title"])
     figure.supxlabel(study["hardware"], color=MUTED, fontsize=9)
     return figure

@@ -53,7 +53,7 @@ def _draw_speedups(axes: Axes, name: str, lines: Sequence[Mapping[str, Any]]) ->
                 axes.hlines(bound, x - width / 2, x + width / 2, color=INK, linewidth=1)
     axes.axhline(1, color=PLAIN, linewidth=1, zorder=0)
     axes.set_xticks(range(len(loads)), loads)
-    axes.legend(frameon=False, fontsize=9, loc="upper right")
+    axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4)
     axes.margins(y=0.18)
     style_axes(axes, name, "times plain vLLM's tokens a second; line: what the bytes read allow")
 
