@@ -57,7 +57,7 @@ async def wait_for_tokens(session: aiohttp.ClientSession) -> None:
     monitor, name = Monitor(session, pid=None), "vllm:generation_tokens_total"
     before = (await monitor.look()).sample.values[name]
     while (await monitor.look()).sample.values[name] < before + 20:
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.01)
 
 
 async def kill_while_asked(server: ModelServer, name: str) -> list[Outcome]:
