@@ -12,17 +12,16 @@ import aiohttp
 import psutil
 import pytest
 
+from layerskip_vllm.tools.server.event_stream import StreamError, read_events
 from layerskip_vllm.tools.server.service import inspect, open_session
 from layerskip_vllm.tools.soak.client import End, Outcome, send
-from layerskip_vllm.tools.soak.monitor import Monitor
 from layerskip_vllm.tools.soak.questions import Question
-from layerskip_vllm.tools.soak.traffic import Traffic
+from layerskip_vllm.tools.soak.traffic import Request, Traffic
 from tests.e2e.serving.server import FLAGS, ModelServer
 
 pytestmark = pytest.mark.timeout(1800)
 
-# Many times what the server runs at once: some are being answered when the process dies, others
-# wait, and the first may have ended.
+# Many times what the server runs at once.
 NUM_OPEN = 32
 LONG = Question(
     "long answer",
@@ -52,12 +51,17 @@ def find_process(server: ModelServer, name: str) -> psutil.Process:
     return found
 
 
-async def wait_for_tokens(session: aiohttp.ClientSession) -> None:
-    """Wait until the open requests have been given some tokens."""
-    monitor, name = Monitor(session, pid=None), "vllm:generation_tokens_total"
-    before = (await monitor.look()).sample.values[name]
-    while (await monitor.look()).sample.values[name] < before + 20:
-        await asyncio.sleep(0.01)
+async def kill_when_it_begins(session: aiohttp.ClientSession, request: Request, pid: int) -> None:
+    """Kill a process when a stream has begun: the stream must not end as if it were whole."""
+    async with session.post(
+        request.path, data=request.payload, headers={"Content-Type": "application/json"}
+    ) as response:
+        events = read_events(response.content)
+        await anext(events)
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises((StreamError, aiohttp.ClientError), match="^(?!the stream broke off)"):
+            async for _ in events:
+                pass
 
 
 async def kill_while_asked(server: ModelServer, name: str) -> list[Outcome]:
@@ -65,17 +69,17 @@ async def kill_while_asked(server: ModelServer, name: str) -> list[Outcome]:
     traffic = Traffic(await inspect(server.url), [LONG], seed=0)
     async with await open_session(server.url, timeout_s=120) as session:
         drawn = [traffic.draw_question() for _ in range(NUM_OPEN)]
-        open_requests = []
-        for is_stream in (True, False):
-            requests = [request for request in drawn if request.is_stream == is_stream]
-            assert requests
-            open_requests += [asyncio.create_task(send(session, request)) for request in requests]
-            await wait_for_tokens(session)
+        stream = next(request for request in drawn if request.is_stream)
         victim = find_process(server, name).pid
-        open_requests = [task for task in open_requests if not task.done()]
-        os.kill(victim, signal.SIGKILL)
-        assert len(open_requests) > NUM_OPEN // 4
-        outcomes = await asyncio.gather(*open_requests)
+        # The server answers in order: some are answered before the stream, the others wait.
+        before, after = drawn[:6], drawn[6:]
+        requests = [asyncio.create_task(send(session, request)) for request in before]
+        await asyncio.sleep(0.1)
+        killed = asyncio.create_task(kill_when_it_begins(session, stream, victim))
+        await asyncio.sleep(0.1)
+        requests += [asyncio.create_task(send(session, request)) for request in after]
+        await killed
+        outcomes = await asyncio.gather(*requests)
         return [*outcomes, await send(session, traffic.draw_question())]
 
 
@@ -104,13 +108,12 @@ def test_server_ends_with_errors_when_a_process_is_killed(
         answers.append(ask(server))
         children = psutil.Process(server.pid).children(recursive=True)
         outcomes = asyncio.run(kill_while_asked(server, name))
-        # One may have been on its way, whole, when the process died.
+        # The first ones may have ended before.
         lost = [outcome for outcome in outcomes if outcome.end != End.ANSWERED]
         assert {outcome.end for outcome in lost} == {End.FAULT}
         assert len(lost) > NUM_OPEN // 4
         assert outcomes[-1].end == End.FAULT
         assert [outcome.reason for outcome in lost if not is_error(outcome.reason)] == []
-        assert max(outcome.num_tokens for outcome in lost) > 0
         assert max(outcome.seconds for outcome in outcomes) < 60
         server.wait(timeout_s=60)
         _, alive = psutil.wait_procs(children, timeout=30)
