@@ -21,7 +21,8 @@ from rich.table import Table
 from benchmarks.decoding.engines import Measurement, run_engines
 from benchmarks.decoding.speedup import NUM_WARM_UP_TOKENS, prepare_checkpoint
 from benchmarks.decoding.speedup_report import BYTES_PER_WEIGHT
-from benchmarks.decoding.synthetic_checkpoint import DEFAULT_FOLDER, PRESETS, make_prompts
+from benchmarks.decoding.synthetic_checkpoint import DEFAULT_FOLDER
+from benchmarks.decoding.synthetic_spec import PRESETS, make_prompts
 from benchmarks.decoding.systems import MARGIN_TOKENS
 from benchmarks.decoding.weight_counts import count_weights
 from layerskip_vllm.checkpoint.draft_vocab import DraftVocab, save_draft_vocab

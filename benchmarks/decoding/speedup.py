@@ -25,13 +25,12 @@ from benchmarks.decoding.speedup_report import (
 from benchmarks.decoding.speedup_summary import Load, find_missed_thresholds, summarize
 from benchmarks.decoding.synthetic_checkpoint import (
     DEFAULT_FOLDER,
-    MAX_POSITIONS,
-    PRESETS,
     SyntheticCheckpoint,
-    make_prompts,
     make_shape,
     read_checkpoint,
 )
+from benchmarks.decoding.synthetic_model import MAX_POSITIONS
+from benchmarks.decoding.synthetic_spec import PRESETS, make_prompts
 from benchmarks.decoding.systems import (
     DEFAULT_SYSTEMS,
     MARGIN_TOKENS,

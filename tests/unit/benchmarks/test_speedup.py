@@ -14,7 +14,8 @@ from benchmarks.decoding.speedup import parse_options
 from benchmarks.decoding.speedup_picture import make_speedup_figure
 from benchmarks.decoding.speedup_report import describe_run, make_engine_table, make_speedup_table
 from benchmarks.decoding.speedup_summary import Load, summarize
-from benchmarks.decoding.synthetic_checkpoint import PRESETS, make_shape
+from benchmarks.decoding.synthetic_checkpoint import make_shape
+from benchmarks.decoding.synthetic_spec import PRESETS
 from benchmarks.decoding.systems import count_kv_bytes, make_engine_args
 from benchmarks.decoding.timed_worker import TimedWorker
 from benchmarks.decoding.weight_counts import count_weights

@@ -5,15 +5,16 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks.decoding.synthetic_checkpoint import (
-    NUM_CALIBRATION_PROMPTS,
+from benchmarks.decoding.synthetic_calibration import (
     NUM_CALIBRATION_TOKENS,
+    share_of_distinct_ngrams,
+)
+from benchmarks.decoding.synthetic_checkpoint import make_checkpoint
+from benchmarks.decoding.synthetic_spec import (
     NUM_PROMPT_TOKENS,
     PRESETS,
     SyntheticSpec,
-    make_checkpoint,
     make_prompts,
-    share_of_distinct_ngrams,
 )
 from benchmarks.decoding.weight_counts import count_weights
 
@@ -38,7 +39,7 @@ def next_token(model, tokens):
 @torch.inference_mode()
 def test_acceptance_is_that_of_draft_and_verify_when_decoding_greedily(checkpoint, models):
     whole, draft_model = models
-    prompts = make_prompts(SPEC.vocab_size, NUM_CALIBRATION_PROMPTS, NUM_PROMPT_TOKENS, SPEC.seed)
+    prompts = SPEC.calibration_prompts()
     accepted = drafted = 0
     for tokens in prompts[:4]:
         end = len(tokens) + NUM_CALIBRATION_TOKENS
