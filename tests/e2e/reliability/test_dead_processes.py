@@ -59,7 +59,7 @@ async def kill_when_it_begins(session: aiohttp.ClientSession, request: Request, 
         events = read_events(response.content)
         await anext(events)
         os.kill(pid, signal.SIGKILL)
-        with pytest.raises((StreamError, aiohttp.ClientError), match="^(?!the stream broke off)"):
+        with pytest.raises((StreamError, aiohttp.ClientError), match=r"^(?!the stream broke off)"):
             async for _ in events:
                 pass
 
