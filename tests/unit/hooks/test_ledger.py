@@ -18,7 +18,8 @@ from layerskip_vllm.hooks.vllm_source import (
     read_digests,
 )
 from layerskip_vllm.plugin import LEDGER
-from scripts import ledger, vllm_python
+from scripts import ledger, vllm_python, vllm_uses
+from scripts.ledger_page import PAGE, write_page
 
 VERSION = vllm.__version__.partition("+")[0]
 MODULES = [use.module for use in USES]
@@ -39,11 +40,11 @@ def test_source_is_as_its_digests_say_when_a_version_is_at_hand(version: str) ->
 
 
 def test_page_is_that_of_the_entries_when_made_again() -> None:
-    assert ledger.PAGE.read_text() == ledger.write_page(), "run python -m scripts.ledger"
+    assert PAGE.read_text() == write_page(), "run python -m scripts.ledger"
 
 
 def test_page_has_every_field_of_every_entry_when_read() -> None:
-    text = ledger.PAGE.read_text()
+    text = PAGE.read_text()
     assert all(f"\n### `{entry.name}`\n" in text for entry in LEDGER)
     for field in ("Why", "Process", "How", "Relies on", "Upstream", "Remove when"):
         assert text.count(f"\n- **{field}**: ") == len(LEDGER)
@@ -59,15 +60,15 @@ def test_every_entry_has_digests_or_is_said_to_need_none_when_a_version_is_suppo
 
 
 def test_every_version_has_a_diff_when_supported() -> None:
-    diffs = {file.stem for file in ledger.PAGE.parent.glob("*.diff")}
+    diffs = {file.stem for file in PAGE.parent.glob("*.diff")}
     assert diffs == {f"vllm-{version}" for version in SUPPORTED_VLLM_VERSIONS}
 
 
 def test_every_module_that_uses_vllm_has_an_entry() -> None:
-    assert sorted(MODULES) == ledger.modules_with_uses()
+    assert sorted(MODULES) == vllm_uses.modules_with_uses()
 
 
-@pytest.mark.parametrize("module", ledger.modules())
+@pytest.mark.parametrize("module", vllm_uses.modules())
 def test_private_names_are_in_what_is_relied_on_when_a_module_has_them(module: str) -> None:
     digests = read_digests(VERSION)
     # What a hook calls has no entry of its own.
@@ -83,12 +84,12 @@ OF_OTHERS = {"_modules", "_actions"}
 
 def private_names(module: str) -> set[str]:
     """The names with an underscore that a module reads, sets or passes, but for its own."""
-    tree = ast.parse(ledger._source_of(module))
+    tree = ast.parse(vllm_uses.source_of(module))
     own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     found = set()
     for node in ast.walk(tree):
         match node:
-            case ast.Attribute(value, name) if not ledger._is_self(value):
+            case ast.Attribute(value, name) if not vllm_uses.is_self(value):
                 found.add(name)
             case ast.keyword(str(name)) | ast.alias(name):
                 found.add(name)
@@ -125,7 +126,7 @@ def test_what_a_class_overrides_calls_and_reads_is_found_when_it_extends_one_of_
     drafter: type,
 ) -> None:
     base = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
-    assert ledger.find_inherited(drafter) == {
+    assert vllm_uses.find_inherited(drafter) == {
         "vllm.v1.spec_decode.draft_model:DraftModelProposer.__init__",
         f"{base}._greedy_sample",
         f"{base}.max_batch_size",
