@@ -33,6 +33,7 @@ MODEL = "checkpoints/stdlib-24l"
 LOG_FOLDER = Path("benchmark-output/logs")
 
 _PROPOSER = "layerskip_vllm.drafting.proposer"
+_ATTENTION = "layerskip_vllm.drafting.draft_attention"
 _EXIT_MODEL = "layerskip_vllm.drafting.exit_model:ExitModel"
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
 # The functions of each part, in the order of a step; their time is without that of other parts. In
@@ -42,7 +43,7 @@ DRAFT_PARTS: Mapping[str, Sequence[str]] = {
         f"{_RUNNER}:GPUModelRunner.propose_draft_token_ids",
         f"{_PROPOSER}:LayerSkipProposer.propose",
     ),
-    "draft: attention metadata": (f"{_PROPOSER}:LayerSkipProposer._build_attention",),
+    "draft: attention metadata": (f"{_ATTENTION}:DraftAttention.build_step",),
     "draft: forward context": (f"{_PROPOSER}:set_forward_context",),
     "draft: exit model": (f"{_EXIT_MODEL}.forward",),
     "draft: head": (f"{_EXIT_MODEL}.compute_logits",),

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vllm.config import SpeculativeConfig
     from vllm.engine.arg_utils import EngineArgs
 
 METHOD = "layerskip"
@@ -162,6 +163,13 @@ def is_layerskip(args: EngineArgs) -> bool:
                 f"integer, or the speculative method {METHOD!r}."
             )
     return False
+
+
+def is_layerskip_config(config: SpeculativeConfig | None) -> bool:
+    """Return whether an engine's speculative config is layerskip's."""
+    from layerskip_vllm.config.speculative import LayerSkipConfig
+
+    return isinstance(config, LayerSkipConfig)
 
 
 def read_settings(args: EngineArgs) -> dict[str, Any]:

@@ -18,20 +18,21 @@ from vllm.logger import init_logger
 from layerskip_vllm.checkpoint.draft_vocab import read_draft_vocab
 from layerskip_vllm.checkpoint.entry import DraftSettings, Setting, default_settings
 from layerskip_vllm.checkpoint.exit_adapter import read_exit_adapter_config
-from layerskip_vllm.config.flags import METHOD, is_auto, read_settings
-from layerskip_vllm.config.refusals import (
+from layerskip_vllm.config.engine_refusals import (
     check_adaptive_verification,
     check_auto_length,
+    check_engine,
+    check_lookup_memory,
+    check_reuse,
+)
+from layerskip_vllm.config.flags import METHOD, is_auto, read_settings
+from layerskip_vllm.config.model_refusals import (
     check_draft,
     check_draft_vocab,
-    check_engine,
     check_exit_adapter,
-    check_lookup_memory,
     check_model,
-    check_reuse,
-    check_schedule,
-    check_settings,
 )
+from layerskip_vllm.config.setting_refusals import check_schedule, check_settings
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig

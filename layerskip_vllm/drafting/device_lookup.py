@@ -13,7 +13,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.spec_decode.ngram.speculator import _ngram_scan_kernel
 from vllm.v1.worker.gpu.states import RequestState
 
-from layerskip_vllm.config.refusals import check_lookup_table
+from layerskip_vllm.config.engine_refusals import check_lookup_table
 from layerskip_vllm.drafting.lookup import MAX_MATCH, MIN_MATCH
 
 # Tokens that a program of vLLM's kernel looks through.

@@ -7,38 +7,37 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from typing_extensions import override
-from vllm.config import CUDAGraphMode, VllmConfig, get_layers_from_vllm_config
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import set_forward_context
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.metadata import SamplingMetadata
-from vllm.v1.sample.ops.topk_topp_sampler import random_sample
-from vllm.v1.sample.sampler import _SAMPLING_EPS
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
-from vllm.v1.worker.utils import AttentionGroup
 
 from layerskip_vllm.config.request import max_num_drafts
 from layerskip_vllm.config.speculative import LayerSkipConfig
+from layerskip_vllm.drafting.draft_attention import (
+    DraftAttention,
+    group_layers,
+    one_token_a_request,
+)
+from layerskip_vllm.drafting.draft_sampling import Sampled, generators_of_step, sample_tokens
 from layerskip_vllm.drafting.exit_model import ExitModel
 from layerskip_vllm.drafting.log import log_drafting
 from layerskip_vllm.drafting.lookup import find_copies
 from layerskip_vllm.drafting.lora import make_draft_lora
 from layerskip_vllm.drafting.slots import DraftSlots, find_slots
+from layerskip_vllm.drafting.v1_refusals import check_runner_v1
 from layerskip_vllm.drafting.verifier import Verifier
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-# The draft tokens of a step, `[num_reqs] int64`, and what they were sampled from where they were
-# sampled, `[num_reqs, vocab_size] float32`.
-Sampled: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 
 # A draft step has one row a request, and on CPUs PyTorch's matrix products with one to three rows
 # take longer than with four: 12 against 10 ms for four layers of 2048 on two cores of an AMD EPYC.
@@ -75,9 +74,8 @@ class LayerSkipProposer(DraftModelProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: GPUModelRunner):
         super().__init__(vllm_config, device, runner)
         self.runner = runner
-        self._check_rejection_sampler()
-        self._check_reuse()
-        self._check_lookup()
+        is_async = bool(vllm_config.scheduler_config.async_scheduling)
+        check_runner_v1(self.speculative_config, device, is_async)
         # Not for a mixture of experts, where more rows read more experts.
         is_padded = device.type == "cpu" and not vllm_config.model_config.is_moe
         self._min_num_rows = min(MIN_ROWS_ON_CPU, self.max_num_tokens) if is_padded else 1
@@ -90,35 +88,6 @@ class LayerSkipProposer(DraftModelProposer):
         self._lora = make_draft_lora(self.vllm_config, target_model)
         exit_states = self.model.exit_states
         self.verifier = None if exit_states is None else Verifier(self, exit_states)
-
-    def _check_rejection_sampler(self) -> None:
-        method = self.speculative_config.rejection_sample_method
-        reason = {
-            "block": "Model Runner V1 has no block verification",
-            "synthetic": "vLLM has no synthetic acceptance on the CPU",
-        }.get(method)
-        if method == "block" or (method == "synthetic" and self.device.type == "cpu"):
-            raise ValueError(
-                f"rejection_sample_method is {method!r}, but {reason}; use 'standard', or Model "
-                "Runner V2 on a GPU."
-            )
-
-    def _check_reuse(self) -> None:
-        reuse = self.speculative_config.reuse_exit_states
-        if reuse != "off" and self.device.type != "cpu":
-            raise ValueError(
-                f"reuse_exit_states is {reuse!r}, but Model Runner V1 has it on CPUs alone; leave "
-                "it out."
-            )
-
-    def _check_lookup(self) -> None:
-        lookup = self.speculative_config.lookup
-        is_async = bool(self.vllm_config.scheduler_config.async_scheduling)
-        if lookup != "off" and (self.device.type != "cpu" or is_async):
-            raise ValueError(
-                f"lookup is {lookup!r}, but Model Runner V1 knows a request's tokens in time on "
-                "the CPU alone, without async_scheduling; use 'off', or Model Runner V2 on a GPU."
-            )
 
     @override
     def initialize_attn_backend(
@@ -135,32 +104,14 @@ class LayerSkipProposer(DraftModelProposer):
         self.runner.effective_drafter_max_model_len = (
             self.max_model_len + self.speculative_config.num_speculative_tokens
         )
-        layers = get_layers_from_vllm_config(
+        self.draft_attn_groups = group_layers(
             self.vllm_config,
-            AttentionLayerBase,  # type: ignore[type-abstract]  # finds instances, makes none
-            list(self._draft_attn_layer_names),
+            self.device,
+            self._draft_attn_layer_names,
+            kv_cache_config,
+            kernel_block_sizes or [],
         )
-        groups: dict[Any, AttentionGroup] = {}
-        for group_id, kv_cache_group in enumerate(kv_cache_config.kv_cache_groups):
-            for name in kv_cache_group.layer_names:
-                if name not in layers:
-                    continue
-                spec = kv_cache_group.kv_cache_spec
-                if isinstance(spec, UniformTypeKVCacheSpecs):
-                    spec = spec.kv_cache_specs[name]
-                backend = layers[name].get_attn_backend()
-                key = (group_id, backend.full_cls_name(), spec)
-                group = groups.setdefault(key, AttentionGroup(backend, [], spec, group_id))
-                group.layer_names.append(name)
-        for group in groups.values():
-            sizes = kernel_block_sizes or []
-            gid = group.kv_cache_group_id
-            group.create_metadata_builders(
-                self.vllm_config,
-                self.device,
-                kernel_block_size=sizes[gid] if gid < len(sizes) else None,
-            )
-        self.draft_attn_groups = list(groups.values())
+        self.attention = DraftAttention(self.draft_attn_groups, self.runner, self.max_model_len)
 
     @override
     def initialize_cudagraph_keys(self, cudagraph_mode: CUDAGraphMode) -> None:
@@ -253,7 +204,7 @@ class LayerSkipProposer(DraftModelProposer):
             batch.num_tokens,
             self.max_model_len,
         )
-        metadata = self._one_token_a_request(common_attn_metadata)
+        metadata = one_token_a_request(common_attn_metadata, self.arange)
         self.input_ids[:num_reqs] = next_token_ids
         if self.verifier is not None:
             self.verifier.begin_draft(num_speculative_tokens)
@@ -281,22 +232,6 @@ class LayerSkipProposer(DraftModelProposer):
         """Pick the CUDA graph and the padding of a batch, the same on all DP ranks."""
         return DraftBatch(
             *self._determine_batch_execution_and_padding(num_tokens, use_cudagraphs=use_cudagraphs)
-        )
-
-    def _one_token_a_request(self, target: CommonAttentionMetadata) -> CommonAttentionMetadata:
-        """Make of the target step's metadata what all draft steps have in common."""
-        num_reqs = target.batch_size()
-        return replace(
-            target,
-            query_start_loc=self.arange[: num_reqs + 1],
-            query_start_loc_cpu=torch.arange(num_reqs + 1, dtype=torch.int32),
-            num_reqs=num_reqs,
-            num_actual_tokens=num_reqs,
-            max_query_len=1,
-            is_prefilling=None,
-            causal=True,
-            _num_computed_tokens_cache=None,
-            _token_to_req_indices_cache=None,
         )
 
     def _draft(
@@ -331,9 +266,9 @@ class LayerSkipProposer(DraftModelProposer):
         self.positions[:num_reqs] = slots.positions[step]
         is_kept = self.verifier is not None and self.verifier.exit_states.is_expected
         hidden_states = self._run_model(
-            batch, *self._build_attention(step, slots, metadata), step if is_kept else None
+            batch, *self.attention.build_step(step, slots, metadata), step if is_kept else None
         )
-        generators = self._generators(step, sampling_metadata.generators)
+        generators = generators_of_step(step, sampling_metadata.generators, self.runner)
         return self._sample_draft_tokens(
             hidden_states[:num_reqs], replace(sampling_metadata, generators=generators)
         )
@@ -371,44 +306,6 @@ class LayerSkipProposer(DraftModelProposer):
             slot_mapping=slot_mapping,
         )
 
-    def _build_attention(
-        self, step: int, slots: DraftSlots, metadata: CommonAttentionMetadata
-    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Attention metadata and slot mapping of a draft step, by layer name.
-
-        `metadata` is one object for all steps, moved on by a token in place: a copy for each step
-        would take longer than what backends make of it.
-        """
-        metadata.seq_lens = slots.seq_lens[step]
-        metadata.positions = slots.positions[step]
-        metadata.max_seq_len = min(metadata.max_seq_len + 1, self.max_model_len)
-        metadata._num_computed_tokens_cache = None
-        upper_bound = metadata.seq_lens_cpu_upper_bound
-        if upper_bound is not None:
-            metadata.seq_lens_cpu_upper_bound = (upper_bound + 1).clamp_(max=self.max_model_len)
-        slot_mappings = {gid: by_step[step] for gid, by_step in slots.slot_mappings.items()}
-        return self.build_metadata(metadata, slot_mappings, step)
-
-    def build_metadata(
-        self,
-        metadata: CommonAttentionMetadata,
-        slot_mappings: dict[int, torch.Tensor],
-        draft_index: int = 0,
-    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Build the first layers' attention metadata, with slots by KV cache group."""
-        attn_metadata: dict[str, Any] = {}
-        slot_mapping_by_layer: dict[str, torch.Tensor] = {}
-        for group in self.draft_attn_groups:
-            gid = group.kv_cache_group_id
-            slot_mapping = slot_mappings[gid]
-            metadata.slot_mapping = slot_mapping[: metadata.num_actual_tokens]
-            block_table = self.runner.input_batch.block_table[gid]
-            metadata.block_table_tensor = block_table.get_device_tensor(metadata.num_reqs)
-            group_metadata = group.build_metadata_for_drafting(metadata, draft_index=draft_index)
-            attn_metadata |= dict.fromkeys(group.layer_names, group_metadata)
-            slot_mapping_by_layer |= dict.fromkeys(group.layer_names, slot_mapping)
-        return attn_metadata, slot_mapping_by_layer
-
     @override
     def _sample_draft_tokens(
         self, hidden_states: torch.Tensor, sampling_metadata: SamplingMetadata
@@ -429,32 +326,7 @@ class LayerSkipProposer(DraftModelProposer):
         Differs from its base: a request that has a seed draws from it, so that it gets the same
         tokens again.
         """
-        if sampling_metadata.temperature is None:
-            return logits.argmax(dim=-1), None
-        is_greedy = sampling_metadata.temperature < _SAMPLING_EPS
-        temperature = torch.where(is_greedy, 1.0, sampling_metadata.temperature)
-        probs = (logits / temperature.unsqueeze(1)).softmax(dim=-1, dtype=torch.float32)
-        token_ids = random_sample(probs.clone(), sampling_metadata.generators, self.use_fp64_gumbel)
-        return torch.where(is_greedy, probs.argmax(dim=-1), token_ids), probs
-
-    def _generators(
-        self, step: int, generators: dict[int, torch.Generator]
-    ) -> dict[int, torch.Generator]:
-        """Leave out the seeds of requests that do not take this step's draft.
-
-        A batch drafts as many tokens as the request that takes the most. A seed that was drawn from
-        for each of them would give other tokens beside a neighbour than alone.
-        """
-        req_ids = self.runner.input_batch.req_ids
-        limits = {
-            index: max_num_drafts(self.runner.requests[req_ids[index]].sampling_params)
-            for index in generators
-        }
-        return {
-            index: generators[index]
-            for index, limit in limits.items()
-            if limit is None or step < limit
-        }
+        return sample_tokens(logits, sampling_metadata, self.use_fp64_gumbel)
 
     @override
     @torch.inference_mode()

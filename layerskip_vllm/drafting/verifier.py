@@ -113,7 +113,7 @@ class Verifier:
         step_slots: Any = get_forward_context().slot_mapping
         block_tables = runner.input_batch.block_table
         slots = {}
-        for group in proposer.draft_attn_groups:
+        for group in proposer.attention.groups:
             slot_mapping = torch.full((batch.num_tokens,), PAD_SLOT_ID)
             slot_mapping[: len(tokens)] = step_slots[group.layer_names[0]][tokens]
             slots[group.kv_cache_group_id] = slot_mapping
@@ -127,11 +127,11 @@ class Verifier:
             max_query_len=int(num_tokens.max()),
             max_seq_len=int(seq_lens.max()),
             block_table_tensor=block_tables[0].get_device_tensor(num_reqs),
-            slot_mapping=slots[proposer.draft_attn_groups[0].kv_cache_group_id],
+            slot_mapping=slots[proposer.attention.groups[0].kv_cache_group_id],
             positions=proposer.positions[: len(tokens)],
             seq_lens_cpu_upper_bound=seq_lens,
         )
-        with proposer.set_context(batch, *proposer.build_metadata(metadata, slots)):
+        with proposer.set_context(batch, *proposer.attention.build(metadata, slots)):
             states: IntermediateTensors = proposer.model.run_first_layers(
                 proposer.input_ids[: batch.num_tokens], proposer.positions[: batch.num_tokens]
             )

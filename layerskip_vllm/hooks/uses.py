@@ -25,12 +25,19 @@ USES = (
         remove_when="a speculative method can bring a configuration of its own",
     ),
     Use(
-        module="layerskip_vllm.config.refusals",
-        why="a scheduler that the hooks do not reach, and a K by batch size, are refused early",
+        module="layerskip_vllm.config.setting_refusals",
+        why="a K by batch size that cannot be is refused early",
         process="whichever reads the engine arguments",
-        how="Asks whether `scheduler_cls` extends vLLM's and whether the platform is a CPU, and "
-        "has vLLM check the schedule that it would check in the engine core.",
-        remove_when="vLLM checks the schedule with the arguments, and each request has its own K",
+        how="Has vLLM check the schedule that it would check in the engine core.",
+        remove_when="vLLM checks the schedule with the arguments",
+    ),
+    Use(
+        module="layerskip_vllm.config.engine_refusals",
+        why="a scheduler that the hooks do not reach, and a table of tokens that would fill a "
+        "device, are refused early",
+        process="whichever reads the engine arguments",
+        how="Asks whether `scheduler_cls` extends vLLM's and whether the platform is a CPU.",
+        remove_when="vLLM has a K for each request",
     ),
     Use(
         module="layerskip_vllm.drafting.proposer",
@@ -44,9 +51,7 @@ USES = (
             "vllm.v1.worker.gpu_input_batch:InputBatch.add_request",
             "vllm.v1.worker.gpu_input_batch:InputBatch.block_table",
             "vllm.v1.worker.gpu_input_batch:InputBatch.request_lora_mapping",
-            "vllm.v1.worker.block_table:BlockTable.get_device_tensor",
             "vllm.v1.attention.backend:CommonAttentionMetadata",
-            "vllm.v1.kv_cache_interface:UniformTypeKVCacheSpecs",
         ),
         why="`LayerSkipProposer` is V1's `DraftModelProposer`, over the target's own KV cache",
         reason="The runner stops a whole batch from drafting when one request comes near the end "
@@ -54,9 +59,31 @@ USES = (
         process=V1_WORKER,
         how="Overrides how a draft is made, loaded and sampled. Sets the runner's "
         "`effective_drafter_max_model_len` past the context's end, reads its block tables, "
-        "`requests`, `discard_request_mask` and its tokens but for the last ones, "
-        "and makes the metadata of draft steps of the target step's.",
+        "`requests`, `discard_request_mask` and its tokens but for the last ones.",
         upstream="[vllm#37399](https://github.com/vllm-project/vllm/pull/37399), closed",
+        remove_when="vLLM drops Model Runner V1",
+    ),
+    Use(
+        module="layerskip_vllm.drafting.draft_attention",
+        relies_on=(
+            f"{_V1_RUNNER}.input_batch",
+            "vllm.v1.worker.gpu_input_batch:InputBatch.block_table",
+            "vllm.v1.worker.block_table:BlockTable.get_device_tensor",
+            "vllm.v1.attention.backend:CommonAttentionMetadata",
+            "vllm.v1.kv_cache_interface:UniformTypeKVCacheSpecs",
+        ),
+        why="V1's draft steps have the target's attention layers, one token a request",
+        process=V1_WORKER,
+        how="Groups the first layers by KV cache group and backend, and makes the metadata of "
+        "draft steps of the target step's.",
+        remove_when="vLLM drops Model Runner V1",
+    ),
+    Use(
+        module="layerskip_vllm.drafting.draft_sampling",
+        relies_on=(f"{_V1_RUNNER}.input_batch", f"{_V1_RUNNER}.requests"),
+        why="V1's draft steps sample as vLLM samples, each request from its own seed",
+        process=V1_WORKER,
+        how="Calls `random_sample`, and reads the runner's `requests`.",
         remove_when="vLLM drops Model Runner V1",
     ),
     Use(

@@ -85,7 +85,7 @@ def test_auto_is_refused_when_ranks_must_draft_alike() -> None:
     """Data-parallel ranks of experts run each draft step together."""
     from types import SimpleNamespace
 
-    from layerskip_vllm.config.refusals import check_auto_length
+    from layerskip_vllm.config.engine_refusals import check_auto_length
 
     parallel: Any = SimpleNamespace(data_parallel_size=2, distributed_executor_backend="mp")
     dense: Any = SimpleNamespace(is_moe=False)
@@ -101,7 +101,7 @@ def test_auto_is_refused_when_ranks_must_draft_alike() -> None:
 def test_auto_is_refused_when_each_rank_has_a_scheduler_of_its_own() -> None:
     from types import SimpleNamespace
 
-    from layerskip_vllm.config.refusals import check_auto_length
+    from layerskip_vllm.config.engine_refusals import check_auto_length
 
     model: Any = SimpleNamespace(is_moe=False)
     settings = {"num_speculative_tokens": "auto"}

@@ -18,6 +18,7 @@ from layerskip_vllm.drafting import device_lookup
 from layerskip_vllm.drafting.device_lookup import DeviceLookup
 from layerskip_vllm.drafting.proposer import LayerSkipProposer
 from layerskip_vllm.drafting.speculator import LayerSkipSpeculator
+from layerskip_vllm.drafting.v1_refusals import check_runner_v1
 
 Speculate = Callable[..., Any]
 
@@ -75,16 +76,14 @@ def test_setting_is_refused_when_another_needs_what_a_draft_leaves(
 def test_v1_refuses_it_when_the_host_does_not_know_the_tokens(
     lookup: str, device: str, is_async: bool, is_refused: bool
 ) -> None:
-    drafter: Any = SimpleNamespace(
-        speculative_config=SimpleNamespace(lookup=lookup),
-        device=torch.device(device),
-        vllm_config=SimpleNamespace(scheduler_config=SimpleNamespace(async_scheduling=is_async)),
+    config: Any = SimpleNamespace(
+        lookup=lookup, reuse_exit_states="off", rejection_sample_method="standard"
     )
     if not is_refused:
-        LayerSkipProposer._check_lookup(drafter)
+        check_runner_v1(config, torch.device(device), is_async)
         return
     with pytest.raises(ValueError, match=r"lookup is 'auto', but Model Runner V1 .* use 'off'"):
-        LayerSkipProposer._check_lookup(drafter)
+        check_runner_v1(config, torch.device(device), is_async)
 
 
 def test_v2_refuses_it_when_the_table_is_too_large() -> None:

@@ -76,7 +76,7 @@ def test_every_other_setting_of_vllm_is_refused_when_it_does_not_apply(
 ) -> None:
     from vllm.config import SpeculativeConfig
 
-    from layerskip_vllm.config.refusals import KNOWN_KEYS
+    from layerskip_vllm.config.setting_refusals import KNOWN_KEYS
 
     # vLLM itself writes these two into the user's dict.
     filled_in = {"target_model_config", "target_parallel_config"}
