@@ -19,7 +19,7 @@ from benchmarks.decoding.devices_and_models import (
     QWEN3_8B,
 )
 from benchmarks.decoding.step_model import BYTES_PER_VALUE, Device, Drafting, StepModel
-from benchmarks.decoding.synthetic_checkpoint import PRESETS
+from benchmarks.decoding.synthetic_spec import PRESETS
 from benchmarks.decoding.weight_counts import count_weights
 
 # With `reuse_exit_states` on "auto", the tokens with exit states that a step must have

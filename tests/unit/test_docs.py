@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from layerskip_vllm.config.setting_refusals import KNOWN_KEYS
 from layerskip_vllm.tools.commands import main
 from scripts.commands_page import write_page
 
@@ -94,6 +95,12 @@ def test_structure_names_the_files_of_the_package() -> None:
     rooms = "|".join(sorted({file.partition("/")[0] for file in files if "/" in file}))
     named = set(re.findall(rf"`((?:(?:{rooms})/[\w/]+|plugin)\.py)`", text_of("docs/structure.md")))
     assert named == {file for file in files if not file.endswith("__init__.py")}
+
+
+def test_settings_page_has_a_row_for_every_setting() -> None:
+    rows = re.findall(r"^\| (`.+?`) \|", text_of("docs/settings.md"), re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert KNOWN_KEYS - {"method", "model"} <= named
 
 
 def test_structure_names_functions_that_exist() -> None:

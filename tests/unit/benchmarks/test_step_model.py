@@ -10,7 +10,7 @@ from benchmarks.decoding.measured_speeds import MIN_NUM_REUSED, compare_study, f
 from benchmarks.decoding.scale_on_paper import Case, tell_limits, write_predictions
 from benchmarks.decoding.scale_picture import make_scale_figure
 from benchmarks.decoding.step_model import Device, Drafting, StepModel, expected_tokens
-from benchmarks.decoding.synthetic_checkpoint import PRESETS
+from benchmarks.decoding.synthetic_spec import PRESETS
 from layerskip_vllm.drafting.verifier import MIN_NUM_KEPT
 from layerskip_vllm.tools.speedup_bound import bound_speedup
 
