@@ -150,9 +150,9 @@ def _play_rounds(
     decoded: int,
 ) -> float:
     """Return the seconds of all rounds: as many verifications and plain steps as there were."""
-    num_drafts = sum(each["num_drafts"] for each in counters)  # a request's, not a batch's
-    num_drafted = sum(each["num_draft_tokens"] for each in counters)
-    num_accepted = sum(each["num_accepted_tokens"] for each in counters)
+    num_drafts: int = sum(each["num_drafts"] for each in counters)  # a request's, not a batch's
+    num_drafted: int = sum(each["num_draft_tokens"] for each in counters)
+    num_accepted: int = sum(each["num_accepted_tokens"] for each in counters)
     num_plain = max(0, decoded - num_drafts - num_accepted)
     seconds = num_plain / batch_size * model.target_s(batch_size, context)
     if num_drafts:

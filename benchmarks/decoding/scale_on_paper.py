@@ -97,7 +97,8 @@ CASES = (
     Case("Llama 3.1 8B on an H100", StepModel(LLAMA_3_1_8B, H100)),
     Case("Llama 3.1 70B on eight H100", StepModel(LLAMA_3_1_70B, H100, num_ranks=8)),
 )
-OTHER_DEVICES = (H100, H200, A100, L4)
+# With how many of them share the model.
+DEVICES = ((H100, 1), (H100, 2), (H100, 8), (H200, 1), (A100, 1), (L4, 1))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -159,7 +160,8 @@ def write_predictions() -> Iterator[str]:
         yield from (f"### {case.name}, E = {case.drafting.exit_layer}", "")
         yield from _tabulate_case(case)
     yield from ("### Up to which batch it gains 1.1, and anything", "", *_tabulate_limits())
-    yield from ("### Llama 3.1 8B by GPU", "", *_tabulate_devices())
+    title = "### Llama 3.1 8B by GPU and tensor-parallel size"
+    yield from (title, "", *_tabulate_devices())
 
 
 def _tabulate_case(case: Case) -> Iterator[str]:
@@ -230,10 +232,11 @@ def _tabulate_devices() -> Iterator[str]:
     headings = ["", "context", "plain, batch 1", "K = 4, batch 1", "16", "64"]
     headings += ["gains up to", "with the best K"]
     rows = []
-    for device in OTHER_DEVICES:
-        case = Case(device.name, StepModel(LLAMA_3_1_8B, device))
+    for device, num_ranks in DEVICES:
+        name = device.name if num_ranks == 1 else f"{num_ranks} times {device.name}"
+        case = Case(name, StepModel(LLAMA_3_1_8B, device, num_ranks))
         for context in CONTEXTS:
-            cells = [device.name, f"{context:,}", f"{1 / case.model.target_s(1, context):,.0f}"]
+            cells = [name, f"{context:,}", f"{1 / case.model.target_s(1, context):,.0f}"]
             for batch_size in (1, 16, 64):
                 fits = case.model.fits(batch_size, context)
                 gain = case.gain(batch_size, context, NUM_DRAFTS)

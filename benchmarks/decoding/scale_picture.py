@@ -36,7 +36,7 @@ def make_scale_figure(
         The errors above, a chart a model below.
     """
     figure = Figure(figsize=(13, 9.5), dpi=150, facecolor="white", layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1), hspace=0.06)
+    above, below = figure.subfigures(2, 1, squeeze=False, hspace=0.06)[:, 0]
     axes = above.subplots()
     _draw_errors(axes, comparisons)
     _add_legend(above, axes)
@@ -98,11 +98,11 @@ def _draw_gains(axes: Axes, case: Case, contexts: Sequence[int]) -> None:
     axes.axhline(1, color=PLAIN, linewidth=1, zorder=0)
     for context, color in zip(contexts, _CONTEXT_COLORS, strict=True):
         sizes = [size for size in BATCH_SIZES if case.model.fits(size, context)]
-        edges = [
+        lower, upper = (
             [_with_flop_share(case, share).gain(size, context, NUM_DRAFTS) for size in sizes]
             for share in FLOP_SHARES
-        ]
-        axes.fill_between(sizes, *edges, color=color, alpha=0.12, linewidth=0)
+        )
+        axes.fill_between(sizes, lower, upper, color=color, alpha=0.12, linewidth=0)
         gains = [case.gain(size, context, NUM_DRAFTS) for size in sizes]
         axes.plot(sizes, gains, color=color, label=f"{context:,} tokens, K = {NUM_DRAFTS}")
         best = [case.best_gain(size, context, head_share=DRAFT_VOCAB)[0] for size in sizes]
@@ -112,7 +112,9 @@ def _draw_gains(axes: Axes, case: Case, contexts: Sequence[int]) -> None:
     axes.set_xticks(BATCH_SIZES, [str(size) for size in BATCH_SIZES])
     axes.minorticks_off()
     axes.set_xlabel("requests at once", color=MUTED, fontsize=10)
-    hint = f"times plain; band: {FLOP_SHARES[0]:.0%} to {FLOP_SHARES[1]:.0%} of peak FLOP/s reached"
+    hint = "times plain; band: {:.0f} to {:.0f} % of peak FLOP/s".format(
+        *(100 * s for s in FLOP_SHARES)
+    )
     style_axes(axes, case.name, hint)
 
 

@@ -146,7 +146,9 @@ class StepModel:
     def _all_reduce_s(self, rows: float) -> float:
         if self.num_ranks == 1:
             return 0.0
-        sent = 2 * (1 - 1 / self.num_ranks) * rows * self.config["hidden_size"] * BYTES_PER_VALUE
+        sent = (
+            2 * (1 - 1 / self.num_ranks) * rows * int(self.config["hidden_size"]) * BYTES_PER_VALUE
+        )
         return self.device.all_reduce_s + sent / self.device.link_bytes_per_s
 
     def target_s(self, batch_size: int, context: int, num_drafts: float = 0.0) -> float:
