@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from layerskip_vllm.drafting.acceptance import DraftResult, RequestAcceptance
 from layerskip_vllm.drafting.step_times import StepTimeTable
 
-# Another length must promise so much more than the one in use.
+# Another length must promise so much more than the one in use, and drafts so much more than none:
+# they let some requests end before others, and leave smaller batches behind.
 _GAIN_TO_CHANGE = 0.01
+_GAIN_TO_DRAFT = 0.02
 # Probes: the share of the time that they may lose, how long they last, and what is between two.
 _PROBE_SHARE = 0.004
 _PROBE_STEPS = 3
@@ -120,6 +122,7 @@ class DraftLengths:
         times = self._times.relative(batch_size)
         tokens = self._acceptance.expected_tokens(limits)
         costs = [each / num for each, num in zip(times, tokens, strict=True)]
+        costs[0] /= 1 + _GAIN_TO_DRAFT
         best = min(range(len(costs)), key=costs.__getitem__)
         if costs[self._num_drafts] > costs[best] * (1 + _GAIN_TO_CHANGE):
             self._num_drafts = best

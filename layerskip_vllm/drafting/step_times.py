@@ -10,6 +10,8 @@ import statistics
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
+
 _NUM_KEPT = 16
 # A single one may have been disturbed. Of two the shorter counts.
 _NUM_NEEDED = 2
@@ -78,26 +80,42 @@ class StepTimeTable:
     def relative(self, batch_size: int) -> list[float]:
         """Return the times by number of drafts, in steps without any.
 
-        One that is not known here is what it is at the nearest batch size that knows it. Else it is
-        at best what the bytes allow, or the known ones, so that whatever may pay is tried; infinite
-        if it is more than twice the longest that is known, for which it is too early.
+        One that is not known here is what it is at the nearest batch size that knows it, as much
+        more or less as those are that both know. Else it is on the line between known ones, or on
+        the last of those lines, but at best what the bytes allow, so that whatever may pay is
+        tried. It is infinite where it is too early: more than twice the longest known and one.
         """
         key = _size_of(batch_size)
-        distances = range(1, _SIZES_PER_OCTAVE + 1)
-        keys = [key, *(near for d in distances for near in (key + d, key - d))]
-        keys = [each for each in keys if each in self._sizes]
-        known = {0: 1.0}
-        for num_drafts in range(1, self._max_num_drafts + 1):
-            ratios = (self._ratio(each, num_drafts) for each in keys)
-            ratio = next((each for each in ratios if each is not None), None)
-            if ratio is not None:
-                known[num_drafts] = ratio
-        per_draft = min([self._draft_share, *((known[k] - 1) / k for k in known if k > 0)])
-        longest, times = 2 * max(known) + 1, []
-        for k in range(self._max_num_drafts + 1):
-            at_least = max([1 + k * per_draft, *(known[i] for i in known if i < k)])
-            times.append(known.get(k, at_least if k <= longest else math.inf))
+        known = self._known(key)
+        own = dict(known)
+        for distance in range(1, _SIZES_PER_OCTAVE + 1):
+            for near in (self._known(key + distance), self._known(key - distance)):
+                # What drafting adds to a step here, by what it adds there.
+                more = [(own[k] - 1) / (near[k] - 1) for k in near if k in own and near[k] > 1]
+                scale = max(0.0, statistics.median(more)) if more else 1.0
+                for k in near.keys() - known.keys():
+                    known[k] = 1 + (near[k] - 1) * scale
+        known[0] = 1.0
+        lengths = sorted(known)
+        *_, last = lengths
+        per_draft = min([self._draft_share, *((known[k] - 1) / k for k in lengths[1:])])
+        times: list[float] = np.interp(
+            range(last + 1), lengths, [known[k] for k in lengths]
+        ).tolist()
+        for k in range(last + 1, self._max_num_drafts + 1):
+            if len(lengths) > 2:
+                slope = (known[last] - known[lengths[-2]]) / (last - lengths[-2])
+                times.append(known[last] + (k - last) * max(per_draft, slope))
+            else:
+                times.append(max(known[last], 1 + k * per_draft))
+            if k > 2 * last + 1:
+                times[-1] = math.inf
         return times
+
+    def _known(self, key: int) -> dict[int, float]:
+        """Return the known times of a batch size by number of drafts, in steps without any."""
+        ratios = {k: self._ratio(key, k) for k in range(1, self._max_num_drafts + 1)}
+        return {k: ratio for k, ratio in ratios.items() if ratio is not None}
 
     def _ratio(self, key: int, num_drafts: int) -> float | None:
         size = self._sizes.get(key)
