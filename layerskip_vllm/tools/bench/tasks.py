@@ -60,86 +60,81 @@ class Task:
         return next((line for line in self.paper if line.checkpoint == name), None)
 
 
-_SUMMARIZE = "Article: {%s}\nSummary:"
-_LLAMA2_7B = ("Llama2 7B", "H100")
-_LLAMA2_13B = ("Llama2 13B", "H100")
+def _table_3(
+    size: str,
+    exit_layer: int,
+    num_speculative_tokens: int,
+    acceptance: float,
+    tokens_per_s: tuple[float, float],
+    scores: tuple[float, float],
+    speedup: float,
+) -> PaperResult:
+    """Return a line of Table 3: a Llama 2 that was trained on with LayerSkip, on an H100."""
+    return PaperResult(
+        3,
+        f"Llama2 {size}",
+        "H100",
+        exit_layer,
+        num_speculative_tokens,
+        acceptance,
+        tokens_per_s,
+        scores,
+        speedup,
+        f"layerskip-llama2-{size.lower()}",
+    )
+
+
+def _summaries(
+    title: str,
+    hub: HubData,
+    article: str,
+    summary: str,
+    num_shots: int,
+    paper: tuple[PaperResult, ...],
+) -> Task:
+    """Return a task whose records have an article and a summary in fields of these names."""
+    return Task(
+        title=title,
+        kind="summary",
+        hub=hub,
+        template=f"Article: {{{article}}}\nSummary:",
+        answer=summary,
+        fields=(article, summary),
+        num_shots=num_shots,
+        max_tokens=512,
+        num_samples=1000,  # not in the paper for summaries: what it has for TOPv2
+        paper_score="ROUGE-2",
+        paper=paper,
+    )
+
+
 _LLAMA_1_5B = ("Llama 1.5B", "H100")
 
 TASKS: Mapping[str, Task] = {
-    "cnn_dm": Task(
-        title="CNN/DM, 1-shot",
-        kind="summary",
-        hub=HubData("abisee/cnn_dailymail", "3.0.0"),
-        template=_SUMMARIZE % "article",
-        answer="highlights",
-        fields=("article", "highlights"),
+    "cnn_dm": _summaries(
+        "CNN/DM, 1-shot",
+        HubData("abisee/cnn_dailymail", "3.0.0"),
+        article="article",
+        summary="highlights",
         num_shots=1,
-        max_tokens=512,
-        num_samples=1000,  # not in the paper for this task: what it has for TOPv2
-        paper_score="ROUGE-2",
         paper=(
-            PaperResult(
-                3,
-                *_LLAMA2_7B,
-                8,
-                12,
-                0.689,
-                (62.7, 127.9),
-                (0.079, 0.078),
-                1.86,
-                "layerskip-llama2-7b",
-            ),
-            PaperResult(
-                3,
-                *_LLAMA2_13B,
-                15,
-                12,
-                0.745,
-                (37.2, 70.2),
-                (0.098, 0.098),
-                1.81,
-                "layerskip-llama2-13b",
-            ),
+            _table_3("7B", 8, 12, 0.689, (62.7, 127.9), (0.079, 0.078), 1.86),
+            _table_3("13B", 15, 12, 0.745, (37.2, 70.2), (0.098, 0.098), 1.81),
             PaperResult(4, *_LLAMA_1_5B, 8, None, 0.774, (91.6, 167.4), None, 1.76),
             PaperResult(
                 4, "Llama2 7B, 26 B tokens", "H100", 8, None, 0.778, (64.5, 145.6), None, 2.16
             ),
         ),
     ),
-    "xsum": Task(
-        title="XSUM, 0-shot",
-        kind="summary",
-        hub=HubData("EdinburghNLP/xsum"),
-        template=_SUMMARIZE % "document",
-        answer="summary",
-        fields=("document", "summary"),
+    "xsum": _summaries(
+        "XSUM, 0-shot",
+        HubData("EdinburghNLP/xsum"),
+        article="document",
+        summary="summary",
         num_shots=0,
-        max_tokens=512,
-        num_samples=1000,  # not in the paper for this task: what it has for TOPv2
-        paper_score="ROUGE-2",
         paper=(
-            PaperResult(
-                3,
-                *_LLAMA2_7B,
-                8,
-                12,
-                0.546,
-                (63.4, 104.7),
-                (0.073, 0.073),
-                1.54,
-                "layerskip-llama2-7b",
-            ),
-            PaperResult(
-                3,
-                *_LLAMA2_13B,
-                15,
-                4,
-                0.677,
-                (43.8, 60.5),
-                (0.124, 0.124),
-                1.34,
-                "layerskip-llama2-13b",
-            ),
+            _table_3("7B", 8, 12, 0.546, (63.4, 104.7), (0.073, 0.073), 1.54),
+            _table_3("13B", 15, 4, 0.677, (43.8, 60.5), (0.124, 0.124), 1.34),
         ),
     ),
     "humaneval": Task(
@@ -154,28 +149,8 @@ TASKS: Mapping[str, Task] = {
         num_samples=164,  # all
         paper_score="ROUGE-2",
         paper=(
-            PaperResult(
-                3,
-                *_LLAMA2_7B,
-                8,
-                6,
-                0.671,
-                (62.9, 122.8),
-                (0.041, 0.042),
-                1.83,
-                "layerskip-llama2-7b",
-            ),
-            PaperResult(
-                3,
-                *_LLAMA2_13B,
-                7,
-                4,
-                0.570,
-                (48.9, 84.2),
-                (0.055, 0.055),
-                1.66,
-                "layerskip-llama2-13b",
-            ),
+            _table_3("7B", 8, 6, 0.671, (62.9, 122.8), (0.041, 0.042), 1.83),
+            _table_3("13B", 7, 4, 0.570, (48.9, 84.2), (0.055, 0.055), 1.66),
             PaperResult(5, "Llama1 7B, on code", "A100", 6, 12, 0.45, (34, 62), None, 1.82),
         ),
     ),
