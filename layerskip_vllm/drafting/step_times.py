@@ -27,6 +27,7 @@ class _Times:
     """The last few of one batch size and one number of drafts, in seconds."""
 
     taken_at: int = 0  # the number of the batch size's step
+    middle: float | None = None  # their median, None if there are too few
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_KEPT))
 
     def add(self, seconds: float, now: int) -> None:
@@ -34,12 +35,13 @@ class _Times:
             self.seconds = deque([self.seconds[-1]], maxlen=_NUM_KEPT)
         self.seconds.append(seconds)
         self.taken_at = now
+        # Here, once a step: each step asks for those of many numbers of drafts.
+        is_enough = len(self.seconds) >= _NUM_NEEDED
+        self.middle = statistics.median_low(self.seconds) if is_enough else None
 
     def median(self, now: int) -> float | None:
         """Return the median, None if there are too few or all are too old."""
-        if len(self.seconds) < _NUM_NEEDED or now - self.taken_at > _EXPIRES_AFTER:
-            return None
-        return statistics.median_low(self.seconds)
+        return None if now - self.taken_at > _EXPIRES_AFTER else self.middle
 
 
 @dataclass
@@ -90,10 +92,13 @@ class StepTimeTable:
         own = dict(known)
         for distance in range(1, _SIZES_PER_OCTAVE + 1):
             for near in (self._known(key + distance), self._known(key - distance)):
+                missing = near.keys() - known.keys()
+                if not missing:
+                    continue
                 # What drafting adds to a step here, by what it adds there.
                 more = [(own[k] - 1) / (near[k] - 1) for k in near if k in own and near[k] > 1]
                 scale = max(0.0, statistics.median(more)) if more else 1.0
-                for k in near.keys() - known.keys():
+                for k in missing:
                     known[k] = 1 + (near[k] - 1) * scale
         known[0] = 1.0
         lengths = sorted(known)
@@ -114,6 +119,8 @@ class StepTimeTable:
 
     def _known(self, key: int) -> dict[int, float]:
         """Return the known times of a batch size by number of drafts, in steps without any."""
+        if key not in self._sizes:
+            return {}
         ratios = {k: self._ratio(key, k) for k in range(1, self._max_num_drafts + 1)}
         return {k: ratio for k, ratio in ratios.items() if ratio is not None}
 
