@@ -100,7 +100,7 @@ def exit_matches(
     matches = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        completions = _complete_batch(model, batch, num_new_tokens, eos_token_id)
+        completions = complete_batch(model, batch, num_new_tokens, eos_token_id)
         longest = max(map(len, completions))
         # A causal model's outputs do not hang on what comes after them, here any token.
         rows = [
@@ -135,11 +135,11 @@ def complete_greedily(
     eos_token_id: int | Collection[int],
 ) -> list[int]:
     """Return the token ids that the whole model appends to `prompt`, without `eos_token_id`."""
-    return _complete_batch(model, [prompt], num_new_tokens, eos_token_id)[0]
+    return complete_batch(model, [prompt], num_new_tokens, eos_token_id)[0]
 
 
 @torch.inference_mode()
-def _complete_batch(
+def complete_batch(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     num_new_tokens: int,
@@ -168,16 +168,19 @@ def simulate_acceptance(matches: Sequence[torch.Tensor], num_speculative_tokens:
     As in vLLM the first new token comes from the prompt's own step, and each round gives the
     accepted drafts and one token more. A last round that runs past a completion's end is left out.
     `matches` has for each prompt `[num_new_tokens] bool`, whether the exit would have drafted the
-    token.
+    token, or `[num_speculative_tokens, num_new_tokens] bool`, whether it would have as that place
+    of a draft.
     """
     accepted_at = [0] * num_speculative_tokens
     num_rounds = 0
     for prompt_matches in matches:
-        flags = prompt_matches.tolist()
+        flags = prompt_matches.expand(num_speculative_tokens, -1).tolist()
         place = 1
-        while place + num_speculative_tokens <= len(flags):
+        while place + num_speculative_tokens <= len(flags[0]):
             num_accepted = 0
-            while num_accepted < num_speculative_tokens and flags[place + num_accepted]:
+            while (
+                num_accepted < num_speculative_tokens and flags[num_accepted][place + num_accepted]
+            ):
                 accepted_at[num_accepted] += 1
                 num_accepted += 1
             place += num_accepted + 1
