@@ -20,15 +20,17 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from benchmarks.training.curve_learners import NUM_SPECULATIVE_TOKENS
+from benchmarks.training.curve_training import FIRST_POINT
 from benchmarks.training.three_curves import OUTPUT, STUDY_FILE
 from layerskip_vllm.checkpoint.weight_shares import find_folder, read_shares
-from layerskip_vllm.tools.chart_style import INK, LAYERSKIP, MUTED, PLAIN, style_axes
+from layerskip_vllm.tools.chart_style import INK, LAYERSKIP, MUTED, PLAIN, TRACK, style_axes
 from layerskip_vllm.tools.output import make_console, write_json
 from layerskip_vllm.tools.speedup_bound import cost_of_round
 
 NAMES = {"exit_adapter": "exit adapter", "draft_lora": "draft LoRA", "recipe": "the paper's recipe"}
 COLORS = {"exit_adapter": MUTED, "draft_lora": LAYERSKIP, "recipe": "#7c3aed"}
 DRAFT_VOCAB_SHARE = 0.125
+MIN_TOKENS = 2**20  # from which on there is something to decide
 
 
 def read_points(folder: Path) -> list[dict[str, Any]]:
@@ -91,10 +93,16 @@ def _draw_curves(
     for name, limit in limits.items():
         axes.axhline(limit, color=PLAIN, linewidth=1, linestyle="--", zorder=0)
         axes.annotate(
-            f"pays above, {name}", (1, limit), (0, 3), axes.get_yaxis_transform(),
-            textcoords="offset points", ha="right", fontsize=8, color=INK,
+            f"pays above, {name}", (0, limit), (4, 3), axes.get_yaxis_transform(),
+            textcoords="offset points", fontsize=8, color=INK,
         )  # fmt: skip
-    axes.set_xscale("symlog", linthresh=2**15)
+    axes.set_xscale("symlog", base=2, linthresh=FIRST_POINT, linscale=1)
+    last = max(MIN_TOKENS, *(point["tokens"] for point in points))
+    ticks = [0] + [FIRST_POINT * 4**n for n in range(32) if FIRST_POINT * 4**n <= last]
+    axes.set_xticks(ticks, [f"{tick / 1000:.0f} k" for tick in ticks])
+    axes.set_xlim(0, 1.1 * last)
+    axes.tick_params(which="minor", length=0)
+    axes.axvline(MIN_TOKENS, color=TRACK, linewidth=4, zorder=0)
     axes.set_ylim(0, NUM_SPECULATIVE_TOKENS)
 
 
