@@ -2,7 +2,10 @@
 
 Two engines take turns: plain vLLM and one with K "auto". A fixed K is the same engine, whose
 requests ask for it and which chooses nothing meanwhile; what "auto" has learned it keeps.
-Prefill is left out, as in `speedup`.
+
+Counted is from the first token of all requests until one of them ends: a server's batch is filled
+up again, while what is left of one that is not gets smaller and smaller, the more so the more a
+text's drafts differ from another's.
 """
 
 from __future__ import annotations
@@ -10,13 +13,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
 from benchmarks.decoding import engines
-from benchmarks.decoding.engines import Engine, Measurement, run_engines
+from benchmarks.decoding.engines import Engine, run_engines
 from benchmarks.decoding.speedup import (
     LOG_FOLDER,
     draw_prompts,
@@ -26,9 +31,18 @@ from benchmarks.decoding.speedup import (
 from benchmarks.decoding.systems import find_loads, make_engine_args
 from layerskip_vllm.tools.hardware import describe_hardware
 from layerskip_vllm.tools.output import make_console, write_json
+from layerskip_vllm.tools.server.metrics import SpecDecodeCounters
 
 PLAIN, AUTO = "plain", "auto"
 LENGTHS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a full batch did: tokens a second, and what was drafted and accepted."""
+
+    tokens_per_s: float
+    counters: SpecDecodeCounters
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,25 +80,55 @@ def time_batch(
     for repeat in range(options.repeats + 1):
         batch = list(prompts[repeat * batch_size : (repeat + 1) * batch_size])
         for name in names:
-            if name == PLAIN:
-                measurement = plain.run_round(batch, options.max_tokens, options.temperature)
-            else:
-                length = None if name == AUTO else int(name)
-                measurement = drafting.call(
-                    "benchmarks.decoding.draft_length:run_length", batch, options.max_tokens, length
-                )
+            engine = plain if name == PLAIN else drafting
+            length = int(name) if name.isdecimal() else None
+            job = "benchmarks.decoding.draft_length:run_length"
+            measurement = engine.call(job, batch, options.max_tokens, length)
             if repeat > 0:
                 rounds[name].append(measurement)
     return rounds
 
 
 def run_length(prompts: list[list[int]], max_tokens: int, length: int | None) -> Measurement:
-    """Decode a batch in the engine's process, with a fixed K or with what "auto" chooses."""
-    config: Any = engines._llm.llm_engine.vllm_config.speculative_config
-    config.is_length_auto = length is None
+    """Decode a batch in the engine's process until the first request ends.
+
+    Args:
+        prompts: Their tokens.
+        max_tokens: The tokens of each request.
+        length: A fixed K; None for none at all, or for what "auto" chooses.
+
+    Returns:
+        What was measured from the first token of all requests to the last step before that end.
+    """
+    from vllm import SamplingParams, TokensPrompt
+
+    engine = engines._llm.llm_engine
+    config: Any = engine.vllm_config.speculative_config
+    if config is not None:
+        config.is_length_auto = length is None
     extra_args = None if length is None else {"layerskip": {"num_speculative_tokens": length}}
-    measurement, _ = engines.run_round(prompts, max_tokens, temperature=0.0, extra_args=extra_args)
-    return measurement
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args=extra_args,
+    )
+    for index, prompt in enumerate(prompts):
+        engine.add_request(str(index), TokensPrompt(prompt_token_ids=prompt), sampling)
+    num_tokens: dict[str, int] = {}
+    marks: list[tuple[float, int, SpecDecodeCounters]] = []
+    while True:
+        outputs: list[Any] = engine.step()
+        if any(output.finished for output in outputs):
+            break
+        num_tokens |= {each.request_id: len(each.outputs[0].token_ids) for each in outputs}
+        if len(num_tokens) == len(prompts):
+            total = sum(num_tokens.values())
+            marks.append((time.perf_counter(), total, SpecDecodeCounters.read_own()))
+    engine.abort_request(list(num_tokens))
+    (start_s, before, first), *_, (end_s, after, last) = marks
+    return Measurement((after - before) / (end_s - start_s), last - first)
 
 
 def to_rates(rounds: Mapping[str, Sequence[Measurement]]) -> dict[str, list[float]]:

@@ -24,6 +24,8 @@ _MAX_PROBE_STEPS = 10  # where drafts are accepted
 _STEPS_BETWEEN_PROBES = 12
 # How long steps without drafts are waited for that can be timed: prompts may be in all of them.
 _MAX_WAIT = 8
+# After so many steps none of which decoded alone, the others are timed too.
+_MAX_UNTIMED = 32
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,17 @@ class _Step:
     ended_at: float
     num_drafts: int
     request_ids: frozenset[str]
+    is_decode: bool
+
+    def follows(self, last: _Step) -> bool:
+        """Whether the time since `last` is this one's alone: the engine had no pause in between."""
+        return self.num_drafts == last.num_drafts and not self.request_ids.isdisjoint(
+            last.request_ids
+        )
+
+    def is_pure(self, last: _Step) -> bool:
+        """Whether both decoded alone, the same requests but for those that have ended."""
+        return self.is_decode and last.is_decode and self.request_ids <= last.request_ids
 
 
 class DraftLengths:
@@ -69,6 +82,7 @@ class DraftLengths:
         self._last: _Step | None = None
         self._num_drafts = 0  # what was chosen last, probes aside
         self._num_waits = 0
+        self._num_untimed = 0  # steps since one that decoded alone was timed
         self._num_probe_steps = 0
         self._num_since_probe = 0
         self._probe_budget = 2.0  # in steps that may be lost
@@ -82,20 +96,17 @@ class DraftLengths:
             results: What became of the drafts that it verified, by request.
             is_decode: Whether all its requests were past their prompts.
         """
-        now, last = self._clock(), self._last
-        self.num_drafted = num_drafts
-        self._last = _Step(now, num_drafts, frozenset(results)) if results and is_decode else None
-        # The time since the last step is this one's if that one had the same requests, so that the
-        # engine did not wait in between, and drafted as many tokens as this one.
-        if (
-            last is not None
-            and self._last is not None
-            and last.num_drafts == num_drafts
-            and self._last.request_ids <= last.request_ids
-            and now > last.ended_at
-        ):
-            self._times.observe(len(results), num_drafts, now - last.ended_at)
-            self._num_waits = 0
+        last, self.num_drafted = self._last, num_drafts
+        step = _Step(self._clock(), num_drafts, frozenset(results), is_decode)
+        self._last = step
+        self._num_untimed += 1
+        if last is not None and step.follows(last) and step.ended_at > last.ended_at:
+            is_pure = step.is_pure(last)
+            if is_pure or self._num_untimed > _MAX_UNTIMED:
+                self._times.observe(len(results), num_drafts, step.ended_at - last.ended_at)
+                self._num_waits = 0
+            if is_pure:
+                self._num_untimed = 0
         self._acceptance.observe(results)
         num_accepted = sum(result.num_accepted for result in results.values())
         total = sum(result.num_drafts for result in results.values())

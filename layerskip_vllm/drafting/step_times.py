@@ -55,7 +55,7 @@ class _BatchSize:
 
 
 class StepTimeTable:
-    """Times of steps that decode alone and verify as many drafts as they make."""
+    """Times of steps that verify as many drafts as they make."""
 
     def __init__(self, max_num_drafts: int, draft_share: float) -> None:
         """Know nothing but the bytes.

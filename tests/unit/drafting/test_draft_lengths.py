@@ -116,11 +116,17 @@ def test_times_are_not_taken_when_the_engine_was_idle() -> None:
     assert not engine.lengths._times.is_known(1, 0)
 
 
-def test_drafts_are_made_when_no_step_can_be_timed() -> None:
-    """Each has prompts in it: the bytes have to do."""
-    engine = SimulatedEngine(read_bytes, K)
-    engine.run(100, [0.75], num_prompts=1)
-    assert sum(num_drafts > 0 for num_drafts in engine.chosen) > 80
+@pytest.mark.parametrize("step_time", TIMES)
+@pytest.mark.parametrize("rate", [0.05, 0.85])
+def test_length_comes_to_the_best_when_prompts_are_in_every_step(
+    step_time: StepTime, rate: float
+) -> None:
+    """As in a large batch, of which some request ends at nearly every step."""
+    engine = SimulatedEngine(step_time, K, noise=0.1)
+    rates = [rate] * 16
+    engine.run(300, rates, num_prompts=1)
+    found = engine.run(400, rates, num_prompts=1)
+    assert found > 0.93 * best_rate(step_time, rates, K)
 
 
 def test_request_drafts_no_more_than_it_asks_for_when_others_do() -> None:
