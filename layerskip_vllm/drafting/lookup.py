@@ -6,7 +6,7 @@ What a text's last tokens were followed by, where they stood before, is likely t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -75,6 +75,25 @@ def find_copies(
         if copy is not None:
             copies[row] = copy
     return torch.from_numpy(copies)
+
+
+def needs_drafts(
+    copies: torch.Tensor, num_sampled: torch.Tensor, limits: Sequence[int | None], num_ranks: int
+) -> bool:
+    """Tell whether draft steps must run: some request has no copy in the place of its drafts.
+
+    Args:
+        copies: What `find_copies` gives.
+        num_sampled: `[num_reqs] int32`; one in the middle of its prompt, which has 0, needs none.
+        limits: How many tokens each request drafts at most, None if all; one with 0 needs none.
+        num_ranks: Data-parallel ones, which must draft alike: of several each drafts.
+
+    Returns:
+        Whether any does.
+    """
+    takes_some = torch.tensor([limit != 0 for limit in limits])
+    has_none = (copies[:, 0] < 0) & (num_sampled > 0) & takes_some
+    return num_ranks > 1 or bool(has_none.any())
 
 
 def _texts(

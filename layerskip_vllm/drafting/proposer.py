@@ -29,13 +29,14 @@ from layerskip_vllm.drafting.draft_attention import (
 from layerskip_vllm.drafting.draft_sampling import Sampled, generators_of_step, sample_tokens
 from layerskip_vllm.drafting.exit_model import ExitModel
 from layerskip_vllm.drafting.log import log_drafting
-from layerskip_vllm.drafting.lookup import find_copies
+from layerskip_vllm.drafting.lookup import find_copies, needs_drafts
 from layerskip_vllm.drafting.lora import make_draft_lora
 from layerskip_vllm.drafting.slots import DraftSlots, find_slots
 from layerskip_vllm.drafting.v1_refusals import check_runner_v1
 from layerskip_vllm.drafting.verifier import Verifier
 
 if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -74,8 +75,10 @@ class LayerSkipProposer(DraftModelProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: GPUModelRunner):
         super().__init__(vllm_config, device, runner)
         self.runner = runner
-        is_async = bool(vllm_config.scheduler_config.async_scheduling)
-        check_runner_v1(self.speculative_config, device, is_async)
+        self._is_async = bool(vllm_config.scheduler_config.async_scheduling)
+        check_runner_v1(self.speculative_config, device, self._is_async)
+        self._prepare_and_propose = runner.propose_draft_token_ids
+        vars(runner)["propose_draft_token_ids"] = self._propose_if_any
         # Not for a mixture of experts, where more rows read more experts.
         is_padded = device.type == "cpu" and not vllm_config.model_config.is_moe
         self._min_num_rows = min(MIN_ROWS_ON_CPU, self.max_num_tokens) if is_padded else 1
@@ -121,6 +124,17 @@ class LayerSkipProposer(DraftModelProposer):
         super().initialize_cudagraph_keys(cudagraph_mode)
         mode = self.cudagraph_dispatcher.cudagraph_mode.name.lower()
         log_drafting(self.model, self.speculative_config, runner="V1", graphs=mode)
+
+    def _propose_if_any(
+        self, scheduler_output: SchedulerOutput, sampled_token_ids: torch.Tensor, *args: Any
+    ) -> Any:
+        """Leave out all that a draft takes, in the runner too, where a step drafts nothing.
+
+        With asynchronous scheduling the runner's next step needs what it finds for one.
+        """
+        if scheduler_output.num_spec_tokens_to_schedule == 0 and not self._is_async:
+            return sampled_token_ids.new_empty((len(sampled_token_ids), 0), dtype=torch.int64)
+        return self._prepare_and_propose(scheduler_output, sampled_token_ids, *args)
 
     @override
     def prepare_next_token_ids_padded(
@@ -186,7 +200,11 @@ class LayerSkipProposer(DraftModelProposer):
             copies = None
         else:
             copies = find_copies(self.runner.input_batch, *self._sampled, num_speculative_tokens)
-            if not self._needs_drafts(copies):
+            req_ids = self.runner.input_batch.req_ids[:num_reqs]
+            requests = [self.runner.requests[req_id] for req_id in req_ids]
+            limits = [max_num_drafts(request.sampling_params) for request in requests]
+            num_ranks = self.vllm_config.parallel_config.data_parallel_size
+            if not needs_drafts(copies, self._sampled[1], limits, num_ranks):
                 return copies.clamp_(min=0)
         # A request's last token comes right after all that the target has run and kept.
         positions = common_attn_metadata.seq_lens.long()
@@ -210,19 +228,6 @@ class LayerSkipProposer(DraftModelProposer):
             self.verifier.begin_draft(num_speculative_tokens)
         drafts = self._draft(num_speculative_tokens, batch, slots, metadata, sampling_metadata)
         return drafts if copies is None else torch.where(copies < 0, drafts, copies)
-
-    def _needs_drafts(self, copies: torch.Tensor) -> bool:
-        """Return whether any request has no copy in the place of its drafts.
-
-        One in the middle of its prompt needs none, nor one that takes none. Data-parallel ranks
-        must draft alike.
-        """
-        _, num_sampled = self._sampled
-        req_ids = self.runner.input_batch.req_ids[: len(copies)]
-        requests = [self.runner.requests[req_id] for req_id in req_ids]
-        takes_some = [max_num_drafts(request.sampling_params) != 0 for request in requests]
-        has_none = (copies[:, 0] < 0) & (num_sampled > 0) & torch.tensor(takes_some)
-        return bool(has_none.any()) or self.vllm_config.parallel_config.data_parallel_size > 1
 
     def pad(self, num_tokens: int) -> DraftBatch:
         """Pick how a pass of the first layers over so many tokens runs."""

@@ -64,16 +64,26 @@ def _forward(original: Any) -> Any:
 
 @_fix(
     target=f"{_REJECTION}.forward",
-    relies_on=(f"{_REJECTION}._get_logprobs_tensors",),
-    why="on Model Runner V1, `logprob_token_ids` of a request that drafts do not end the engine",
+    relies_on=(
+        f"{_REJECTION}._get_logprobs_tensors",
+        "vllm.v1.spec_decode.metadata:SpecDecodeMetadata.max_spec_len",
+    ),
+    why="on Model Runner V1, `logprob_token_ids` of a request that drafts do not end the engine, "
+    "nor does `top_k` in a step without drafts, which is sampled but once",
     reason="The token after a draft is sampled first, and all its logits are asked for; "
-    "`logprob_token_ids` has those of the ids returned in their stead, which do not fit.",
+    "`logprob_token_ids` has those of the ids returned in their stead, which do not fit. Where no "
+    "request has drafts, vLLM goes on to verify logits of no rows, which takes a while on a CPU, "
+    "and ends the engine where one request has `top_k` and no `top_p`: no rows have a largest one.",
     process=install.V1_WORKER,
     upstream="not reported yet",
-    remove_when="V1's rejection sampler returns `logprob_token_ids`, or V1 is dropped",
+    remove_when="V1's rejection sampler returns `logprob_token_ids` and leaves out what has no "
+    "rows, or V1 is dropped",
 )
 def _reject_and_gather(original: Any) -> Any:
-    """Wrap it: the original gathers log probabilities by request; see `_gathering`."""
+    """Wrap it: the original gathers log probabilities by request; see `_gathering`.
+
+    Without drafts all rows are such as come after a draft.
+    """
 
     @functools.wraps(original)
     def forward(
@@ -83,6 +93,11 @@ def _reject_and_gather(original: Any) -> Any:
         logits: torch.Tensor,
         sampling_metadata: SamplingMetadata,
     ) -> SamplerOutput:
+        if metadata.max_spec_len == 0:
+            sampled: SamplerOutput = self.sampler(
+                logits, sampling_metadata, predict_bonus_token=True
+            )
+            return sampled
         num_requests = len(metadata.num_draft_tokens)
         with _gathering(self.sampler, sampling_metadata, num_requests) as gathering:
             output: SamplerOutput = original(self, metadata, draft_probs, logits, gathering)

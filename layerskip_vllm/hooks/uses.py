@@ -48,6 +48,9 @@ USES = (
             f"{_V1_RUNNER}.input_batch",
             f"{_V1_RUNNER}.requests",
             f"{_V1_RUNNER}._bookkeeping_sync",
+            f"{_V1_RUNNER}._copy_draft_token_ids_to_cpu",
+            f"{_V1_RUNNER}._copy_valid_sampled_token_count",
+            f"{_V1_RUNNER}.propose_draft_token_ids",
             "vllm.v1.worker.gpu_input_batch:InputBatch.add_request",
             "vllm.v1.worker.gpu_input_batch:InputBatch.block_table",
             "vllm.v1.worker.gpu_input_batch:InputBatch.request_lora_mapping",
@@ -57,7 +60,9 @@ USES = (
         reason="The runner stops a whole batch from drafting when one request comes near the end "
         "of its context; this drafter leaves out that request alone.",
         process=V1_WORKER,
-        how="Overrides how a draft is made, loaded and sampled. Sets the runner's "
+        how="Overrides how a draft is made, loaded and sampled. Takes the place of the runner's "
+        "`propose_draft_token_ids`, on that runner, to leave it out where nothing is drafted; sets "
+        "the runner's "
         "`effective_drafter_max_model_len` past the context's end, reads its block tables, "
         "`requests`, `discard_request_mask` and its tokens but for the last ones.",
         upstream="[vllm#37399](https://github.com/vllm-project/vllm/pull/37399), closed",

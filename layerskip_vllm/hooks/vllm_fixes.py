@@ -54,27 +54,6 @@ def _expand(original: Any) -> Any:
     return _expand_kernel_impl
 
 
-@_fix(
-    target="vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_only",
-    why="on the CPU, `top_k` in a step without any draft does not end the engine",
-    reason="One request with `top_k` and no `top_p` ends it if no request of its step has a draft, "
-    "as in the first step of a request that is alone: the rejection sampler then limits logits of "
-    "no rows, whose largest `top_k` there is not. `ngram` has this too.",
-    process="each worker on a CPU; on a GPU this path is not taken",
-    upstream="not reported yet",
-    remove_when="vLLM's `apply_top_k_only` takes logits without rows",
-)
-def _top_k(original: Any) -> Any:
-    """Wrap it: logits without rows are returned as they are."""
-
-    @functools.wraps(original)
-    def apply_top_k_only(logits: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        limited: torch.Tensor = original(logits, k) if logits.shape[0] else logits
-        return limited
-
-    return apply_top_k_only
-
-
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 
 

@@ -55,6 +55,24 @@ def serve_and_see_draft_steps(scenario: Scenario) -> tuple[Report, list[int]]:
         return server.run(), steps
 
 
+def serve_and_see_preparations(scenario: Scenario) -> tuple[Report, list[int]]:
+    """Serve a scenario on V1; also returns after which of the report's steps drafts are prepared.
+
+    Counted from 0.
+    """
+    with engine(scenario) as llm:
+        server = Server(llm, scenario)
+        drafter = server.core.model_executor.driver_worker.worker.model_runner.drafter
+        prepare, steps = drafter.prepare_next_token_ids_padded, []
+
+        def see(*args: Any) -> Any:
+            steps.append(len(server.steps) - 1)
+            return prepare(*args)
+
+        drafter.prepare_next_token_ids_padded = see
+        return server.run(), steps
+
+
 def serve_and_count_lost_drafts(scenario: Scenario, num_ranks: int) -> tuple[int, list[bool]]:
     """Serve one request on V2, with a lookup as beside other ranks; count its steps without draft.
 

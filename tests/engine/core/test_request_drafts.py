@@ -4,7 +4,12 @@ import pytest
 
 from layerskip_vllm.tools.engine_process import JobError
 from tests.support.checkpoints import NUM_LAYERS
-from tests.support.checks import assert_same_outputs, assert_some_accepted_some_refused
+from tests.support.checks import (
+    assert_close_logprobs,
+    assert_same_outputs,
+    assert_some_accepted_some_refused,
+    completions,
+)
 from tests.support.scenarios import Request, Scenario, layerskip, tokens
 
 pytestmark = pytest.mark.gpu
@@ -78,6 +83,38 @@ def test_no_draft_step_is_run_when_no_request_drafts(runner, checkpoint, is_asyn
     assert to_draft[:3] == [0, 0, 0]
     for step, after in zip(drafted.steps, drafted.steps[1:], strict=False):
         assert max(after.draft_lens, default=0) <= step.num_to_draft
+
+
+def test_samples_equal_plain_when_no_request_drafts(runner, checkpoint):
+    """Each step is sampled as without speculation, one request beside another and alone."""
+    sampled = {"temperature": 1.0, "max_tokens": 14, **limit(0)}
+    requests = (
+        Request(tokens(9), {**sampled, "seed": 1, "top_k": 10, "logprobs": 2}),
+        Request(tokens(12), {**sampled, "seed": 2, "top_p": 0.9, "presence_penalty": 1.0}),
+        Request(tokens(20), {**sampled, "seed": 3, "top_k": 5}, phase=1),
+    )
+    scenario = Scenario(str(checkpoint()), requests, layerskip(2, K))
+    plain, drafted = runner.pair(scenario)
+    assert drafted.num_drafts == 0
+    assert drafted.token_ids == plain.token_ids
+    assert_close_logprobs(completions(plain)[0], completions(drafted)[0])
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_v1_prepares_no_drafts_when_no_request_drafts(engines, checkpoint, is_async):
+    """Where steps are scheduled ahead, the next one needs what is found out for drafts."""
+    requests = (
+        Request(tokens(9), {"max_tokens": 9, **limit(0)}),
+        Request(tokens(12), {"max_tokens": 9}, phase=1),
+    )
+    scenario = Scenario(str(checkpoint()), requests, layerskip(2, K), is_async=is_async)
+    report, prepared = engines.run(
+        "v1", "tests.support.rows_job:serve_and_see_preparations", scenario
+    )
+    drafting = {i for i, step in enumerate(report.steps) if step.num_to_draft}
+    assert 0 < len(drafting) < len(report.steps) - 5
+    assert drafting <= set(prepared)
+    assert (set(prepared) == drafting) == (not is_async)
 
 
 def test_requests_leave_the_budget_to_others_when_they_draft_less(runner, checkpoint):

@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from vllm import SamplingParams
 from vllm.platforms import current_platform
 
-from layerskip_vllm.drafting import device_lookup
+from layerskip_vllm.drafting import device_lookup, lookup
 from layerskip_vllm.drafting.device_lookup import DeviceLookup
-from layerskip_vllm.drafting.proposer import LayerSkipProposer
 from layerskip_vllm.drafting.speculator import LayerSkipSpeculator
 from layerskip_vllm.drafting.v1_refusals import check_runner_v1
 
@@ -152,26 +150,9 @@ def needs_drafts(
     data_parallel_size: int = 1,
 ) -> bool:
     """What V1 says of two requests that take so many drafts at most."""
-    params = [
-        SamplingParams(
-            extra_args=None if limit is None else {"layerskip": {"num_speculative_tokens": limit}}
-        )
-        for limit in limits
-    ]
-    drafter: Any = SimpleNamespace(
-        _sampled=(None, torch.tensor(num_sampled)),
-        runner=SimpleNamespace(
-            input_batch=SimpleNamespace(req_ids=["a", "b"]),
-            requests={
-                req_id: SimpleNamespace(sampling_params=params)
-                for req_id, params in zip("ab", params, strict=True)
-            },
-        ),
-        vllm_config=SimpleNamespace(
-            parallel_config=SimpleNamespace(data_parallel_size=data_parallel_size)
-        ),
+    return lookup.needs_drafts(
+        torch.tensor(copies), torch.tensor(num_sampled), limits, data_parallel_size
     )
-    return LayerSkipProposer._needs_drafts(drafter, torch.tensor(copies))
 
 
 def test_v2_starts_without_vllms_lookup_when_it_is_off() -> None:
