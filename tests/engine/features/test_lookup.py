@@ -137,6 +137,8 @@ def test_tokens_equal_plain_when_k_changes_from_step_to_step(runner, checkpoint,
     plain, copied = runner.pair(scenario)
     assert_same_outputs(plain, copied)
     assert {step.num_to_draft for step in copied.steps} == {0, 1, 3}
+    for step, after in zip(copied.steps, copied.steps[1:], strict=False):
+        assert max(after.draft_lens, default=0) <= step.num_to_draft
     assert copied.acceptance > 0.4
 
 
