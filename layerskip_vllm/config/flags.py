@@ -10,6 +10,8 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from layerskip_vllm.checkpoint.entry import check_positive_int
+
 if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig
     from vllm.engine.arg_utils import EngineArgs
@@ -103,6 +105,20 @@ def _read_length(text: str) -> int | str:
 def is_auto(num_speculative_tokens: Any) -> bool:
     """Return whether K is left to the engine, in a right form or a wrong one."""
     return isinstance(num_speculative_tokens, str) and num_speculative_tokens.startswith(AUTO)
+
+
+def check_length(num_speculative_tokens: Any) -> None:
+    """Refuse a K that is neither a number nor "auto", with the most that it may be or without."""
+    number = num_speculative_tokens
+    if isinstance(number, str):
+        auto, _, most = number.partition(":")
+        if number != AUTO and not (auto == AUTO and most.isdecimal() and int(most) > 0):
+            raise ValueError(
+                f"num_speculative_tokens is {number!r}; it must be an integer of at least 1, "
+                f"'{AUTO}', or '{AUTO}:8', whose 8 is the most that a step drafts."
+            )
+    else:
+        check_positive_int("num_speculative_tokens", number)
 
 
 def fold_settings(args: argparse.Namespace) -> argparse.Namespace:

@@ -13,7 +13,7 @@ from vllm.config.speculative import SpeculativeConfig
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
 from layerskip_vllm.checkpoint.entry import check_positive_int
-from layerskip_vllm.config.flags import AUTO, FLAG_OF_SETTING, LOOKUPS
+from layerskip_vllm.config.flags import FLAG_OF_SETTING, LOOKUPS, check_length
 
 # vLLM's speculative settings that mean the same here.
 SHARED_SETTINGS = frozenset(
@@ -58,20 +58,6 @@ def check_settings(settings: Mapping[str, Any], has_lora: bool) -> None:
         _check_head(settings, has_lora)
     _check_sampling(settings, has_lora)
     _check_lookup(settings)
-
-
-def check_length(num_speculative_tokens: Any) -> None:
-    """Refuse a K that is neither a number nor "auto", with the most that it may be or without."""
-    number = num_speculative_tokens
-    if isinstance(number, str):
-        auto, _, most = number.partition(":")
-        if number != AUTO and not (auto == AUTO and most.isdecimal() and int(most) > 0):
-            raise ValueError(
-                f"num_speculative_tokens is {number!r}; it must be an integer of at least 1, "
-                f"'{AUTO}', or '{AUTO}:8', whose 8 is the most that a step drafts."
-            )
-    else:
-        check_positive_int("num_speculative_tokens", number)
 
 
 def _check_sampling(settings: Mapping[str, Any], has_lora: bool) -> None:

@@ -1,4 +1,4 @@
-"""What `verify` and `bench` are told of their engines, and the processes of these."""
+"""What `verify`, `bench` and `tune` are told of their engines, and the processes of these."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from layerskip_vllm.checkpoint.validation import Settings
-from layerskip_vllm.config.flags import is_auto
+from layerskip_vllm.config.flags import check_length
 from layerskip_vllm.tools.command_line import Option
 from layerskip_vllm.tools.engine_process import EngineProcess
 from layerskip_vllm.tools.float32 import float32_env
+from layerskip_vllm.tools.hardware import list_gpu_names
 
 _NUM_LOG_LINES = 3
+# Of the memory, where two engines are there at once.
+SHARE_OF_MEMORY = 0.45
 
 
-class EngineOptions(Settings):
-    """How engines draft and run."""
+class EngineSettings(Settings):
+    """How engines run."""
 
     # What the command sets itself, each run its own.
     reserved: ClassVar[tuple[str, ...]] = (
@@ -29,14 +32,6 @@ class EngineOptions(Settings):
         "tensor_parallel_size",
     )
 
-    exit_layer: Annotated[int | None, Option(metavar="E")] = Field(
-        default=None, description="the layers that draft; the checkpoint's own when not given"
-    )
-    num_speculative_tokens: Annotated[str | None, Option(metavar="K")] = Field(
-        default=None,
-        description="the tokens drafted for each step, or `auto`, or `auto:N` with the most; the "
-        "checkpoint's own when not given",
-    )
     speculative: Annotated[dict[str, Any], Option(flag="--speculative-config")] = Field(
         default={},
         description="more of vLLM's speculative settings, such as "
@@ -55,12 +50,6 @@ class EngineOptions(Settings):
 
     @model_validator(mode="after")
     def _check_settings_of_vllm(self) -> Self:
-        length = self.num_speculative_tokens
-        if length is not None and not (length.isdecimal() or is_auto(length)):
-            raise ValueError(
-                f"num_speculative_tokens is {length!r}; it must be an integer of at least 1, "
-                "'auto', or 'auto:8', whose 8 is the most that a step drafts."
-            )
         for name in self.reserved:
             if name in self.engine:
                 raise ValueError(
@@ -74,12 +63,31 @@ class EngineOptions(Settings):
             )
         return self
 
+
+class EngineOptions(EngineSettings):
+    """How engines draft and run."""
+
+    exit_layer: Annotated[int | None, Option(metavar="E")] = Field(
+        default=None, description="the layers that draft; the checkpoint's own when not given"
+    )
+    num_speculative_tokens: Annotated[str | None, Option(metavar="K")] = Field(
+        default=None,
+        description="the tokens drafted for each step, or `auto`, or `auto:N` with the most; the "
+        "checkpoint's own when not given",
+    )
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        if self.num_speculative_tokens is not None:
+            check_length(_read_length(self.num_speculative_tokens))
+        return self
+
     def join_speculative_settings(self) -> dict[str, Any]:
         """Join `--speculative-config` and the options beside it, each setting said once."""
         length = self.num_speculative_tokens
         options = {
             "exit_layer": self.exit_layer,
-            "num_speculative_tokens": int(length) if length and length.isdecimal() else length,
+            "num_speculative_tokens": None if length is None else _read_length(length),
         }
         given = {name: value for name, value in options.items() if value is not None}
         for name in given:
@@ -89,6 +97,22 @@ class EngineOptions(Settings):
                     "exclusive; leave one out."
                 )
         return {**self.speculative, **given}
+
+
+def _read_length(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def list_engine_variables() -> dict[str, str]:
+    """Return the variables of an engine whose speed is measured.
+
+    On a GPU it runs as `LLM` does by default, since in one process plain vLLM starves. On a CPU
+    vLLM would leave one thread to an engine in its caller's process.
+    """
+    if list_gpu_names():
+        return {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
+    return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": threads}
 
 
 def make_engine_process(name: str, folder: Path, dtype: str, **variables: str) -> EngineProcess:

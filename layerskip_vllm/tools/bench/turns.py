@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -13,15 +12,17 @@ from typing import Any
 
 from layerskip_vllm.tools.bench.engine_run import EngineFacts, TaskRound
 from layerskip_vllm.tools.bench.samples import TaskSample
-from layerskip_vllm.tools.engine_options import make_engine_process, say_why_it_failed
+from layerskip_vllm.tools.engine_options import (
+    SHARE_OF_MEMORY,
+    list_engine_variables,
+    make_engine_process,
+    say_why_it_failed,
+)
 from layerskip_vllm.tools.engine_process import EngineProcess, JobError
-from layerskip_vllm.tools.hardware import list_gpu_names
 
 PLAIN, LAYERSKIP = RUNS = ("plain", "layerskip")
 _JOBS = "layerskip_vllm.tools.bench.engine_run"
 _NUM_WARM_UP_TOKENS = 16
-# Both engines are there at once.
-_MEMORY_SHARE = 0.45
 
 
 @dataclass(frozen=True)
@@ -108,20 +109,14 @@ def _start(
     engines: Mapping[str, Mapping[str, Any]], folder: Path
 ) -> Iterator[tuple[dict[str, EngineProcess], dict[str, EngineFacts]]]:
     """Start an engine for each run, and end them whatever happens."""
-    has_gpu = bool(list_gpu_names())
-    # On a GPU as `LLM` runs by default: in one process plain vLLM starves. On a CPU vLLM would
-    # leave one thread to an engine in its caller's process.
-    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(has_gpu))}
-    if not has_gpu:
-        threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
-        variables["OMP_NUM_THREADS"] = threads
+    variables = list_engine_variables()
     with contextlib.ExitStack() as stack:
         processes, starts = {}, {}
         for name, engine in engines.items():
             process = make_engine_process(name, folder, engine["dtype"], **variables)
             processes[name] = stack.enter_context(process)
         for name, process in processes.items():
-            arguments = {"gpu_memory_utilization": _MEMORY_SHARE, **engines[name]}
+            arguments = {"gpu_memory_utilization": SHARE_OF_MEMORY, **engines[name]}
             starts[name] = process.submit(f"{_JOBS}:start_engine", arguments)
             if "kv_cache_memory_bytes" not in arguments:
                 # It measures the memory that is free, which the next one's start would change.

@@ -15,6 +15,8 @@ from layerskip_vllm.tools.commands import main
         (["xsum", "--batch-size=0"], "batch_size is 0; it must be an integer of at least 1"),
         (["xsum", "--engine-args", '{"dtype": "half"}'], "engine_args has 'dtype', which is set"),
         (["xsum", "--num-speculative-tokens=some"], "num_speculative_tokens is 'some'; it must be"),
+        (["xsum", "--num-speculative-tokens=0"], "num_speculative_tokens is 0; it must be an"),
+        (["xsum", "--num-speculative-tokens=auto:0"], "num_speculative_tokens is 'auto:0'; it"),
         (
             ["xsum", "--exit-layer=2", "--speculative-config", '{"exit_layer": 4}'],
             "--exit-layer and --speculative-config['exit_layer'] are mutually exclusive",
