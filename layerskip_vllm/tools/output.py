@@ -32,6 +32,13 @@ def make_progress(console: Console) -> Progress:
     )
 
 
+def describe_duration(seconds: float) -> str:
+    """Say a time as people do: "40 seconds", "3 minutes"."""
+    if seconds < 90:
+        return f"{round(seconds)} seconds"
+    return f"{round(seconds / 60)} minutes"
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write an object as JSON that people can read."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

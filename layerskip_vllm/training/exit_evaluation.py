@@ -7,7 +7,7 @@ drafted the right token.
 """
 
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,31 +101,52 @@ def exit_matches(
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         completions = complete_batch(model, batch, num_new_tokens, eos_token_id)
-        longest = max(map(len, completions))
-        # A causal model's outputs do not hang on what comes after them, here any token.
-        rows = [
-            [*prompt, *completion, *[0] * (longest - len(completion))]
-            for prompt, completion in zip(batch, completions, strict=True)
-        ]
-        chosen = _choose_at_every_exit(
-            head, torch.tensor(rows, device=model.device), len(batch[0]) - 1
-        )
+        rows = join_rows(batch, completions).to(model.device)
+        chosen = choose_at_exits(head, rows, len(batch[0]) - 1)[0]
         for row, completion in enumerate(completions):
             matches.append(chosen[:, row, : len(completion)] == torch.tensor(completion))
         on_prompts(len(batch))
     return matches
 
 
-def _choose_at_every_exit(head: ExitHead, token_ids: torch.Tensor, start: int) -> torch.Tensor:
-    """Every exit's choices for the tokens after `start`, `[num_layers, batch_size, num] int64`."""
+def join_rows(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """Join prompts of one length and their completions to rows of one, `[num, length] int64`.
+
+    Shorter completions are filled up: a causal model's outputs do not hang on what comes after.
+    """
+    longest = max(map(len, completions))
+    pairs = zip(prompts, completions, strict=True)
+    return torch.tensor([[*p, *c, *[0] * (longest - len(c))] for p, c in pairs])
+
+
+@torch.inference_mode()
+def choose_at_exits(
+    head: ExitHead,
+    token_ids: torch.Tensor,
+    start: int,
+    draft_vocabs: Sequence[torch.Tensor] = (),
+    on_exits: Callable[[int], None] = lambda _: None,
+) -> torch.Tensor:
+    """Return every exit's choices for the tokens of a batch after `start`.
+
+    `[1 + num_draft_vocabs, num_layers, batch_size, num] int64`: among all tokens, then among those
+    of each draft vocabulary, `[num_tokens] int64`. `on_exits` hears how many exits were read.
+    """
     batch_size, num_chosen = token_ids.shape[0], token_ids.shape[1] - 1 - start
+    vocabs = [ids.to(token_ids.device) for ids in draft_vocabs]
     outputs = head.run_layers(token_ids)
     choices = []
     for layer_idx in range(len(head.parts.layers)):
         hidden_states = outputs.pop(layer_idx)[:, start : start + num_chosen].flatten(0, 1)
-        parts = [logits.argmax(-1).cpu() for logits in head.iter_logits(hidden_states)]
-        choices.append(torch.cat(parts).view(batch_size, num_chosen))
-    return torch.stack(choices)
+        parts = []
+        for logits in head.iter_logits(hidden_states):
+            chosen = [ids[logits[:, ids].argmax(-1)] for ids in vocabs]
+            parts.append(torch.stack([logits.argmax(-1), *chosen]).cpu())
+        choices.append(torch.cat(parts, dim=1).view(1 + len(vocabs), batch_size, num_chosen))
+        on_exits(1)
+    return torch.stack(choices, dim=1)
 
 
 def complete_greedily(
@@ -145,7 +166,10 @@ def complete_batch(
     num_new_tokens: int,
     eos_token_id: int | Collection[int],
 ) -> list[list[int]]:
-    """Complete prompts of one length; the likeliest token always, whatever `generate` would do."""
+    """Complete prompts of one length; the likeliest token always, whatever `generate` would do.
+
+    What ends a text is left out.
+    """
     eos_token_ids = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     next_ids = torch.tensor(prompts, device=model.device)
     cache, completions = None, torch.empty(len(prompts), 0, dtype=torch.int64)
@@ -162,28 +186,53 @@ def complete_batch(
     ]
 
 
-def simulate_acceptance(matches: Sequence[torch.Tensor], num_speculative_tokens: int) -> Acceptance:
-    """Play greedy self-speculative decoding for one exit, from `exit_matches`.
+def count_runs(matches: torch.Tensor, num_speculative_tokens: int) -> list[int]:
+    """Count how many tokens of a draft that begins at each place are right, one after the other.
+
+    `matches` is `[num] bool`, or `[num_speculative_tokens, num] bool` where it hangs on a token's
+    place in the draft whether it is right.
+    """
+    flags = matches.expand(num_speculative_tokens, -1).tolist()
+    num = len(flags[0])
+    runs = []
+    for start in range(num):
+        length = min(num_speculative_tokens, num - start)
+        draft = (flags[place][start + place] for place in range(length))
+        runs.append(sum(1 for _ in itertools.takewhile(bool, draft)))
+    return runs
+
+
+def play_rounds(
+    runs: Sequence[int], num_speculative_tokens: int, copies: Sequence[int] | None = None
+) -> Iterator[tuple[int, bool]]:
+    """Play greedy self-speculative decoding over a finished text.
 
     As in vLLM the first new token comes from the prompt's own step, and each round gives the
-    accepted drafts and one token more. A last round that runs past a completion's end is left out.
+    accepted drafts and one token more. A last round that runs past the text's end is left out.
+    `runs` is what `count_runs` gives; `copies` the same of copied drafts, which take the place of
+    the exit's, -1 where there is none. Yields how many drafts each round accepts, and whether they
+    were copied.
+    """
+    place = 1
+    while place + num_speculative_tokens <= len(runs):
+        copied = -1 if copies is None else copies[place]
+        accepted = min(num_speculative_tokens, runs[place] if copied < 0 else copied)
+        yield accepted, copied >= 0
+        place += accepted + 1
+
+
+def simulate_acceptance(matches: Sequence[torch.Tensor], num_speculative_tokens: int) -> Acceptance:
+    """Play drafting from one exit over texts, from `exit_matches`, see `play_rounds`.
+
     `matches` has for each prompt `[num_new_tokens] bool`, whether the exit would have drafted the
     token, or `[num_speculative_tokens, num_new_tokens] bool`, whether it would have as that place
     of a draft.
     """
-    accepted_at = [0] * num_speculative_tokens
-    num_rounds = 0
+    num_rounds = [0] * (num_speculative_tokens + 1)  # by accepted drafts
     for prompt_matches in matches:
-        flags = prompt_matches.expand(num_speculative_tokens, -1).tolist()
-        place = 1
-        while place + num_speculative_tokens <= len(flags[0]):
-            num_accepted = 0
-            while (
-                num_accepted < num_speculative_tokens and flags[num_accepted][place + num_accepted]
-            ):
-                accepted_at[num_accepted] += 1
-                num_accepted += 1
-            place += num_accepted + 1
-            num_rounds += 1
-    by_position = [count / max(num_rounds, 1) for count in accepted_at]
-    return Acceptance(sum(by_position) / num_speculative_tokens, by_position, num_rounds)
+        runs = count_runs(prompt_matches, num_speculative_tokens)
+        for accepted, _ in play_rounds(runs, num_speculative_tokens):
+            num_rounds[accepted] += 1
+    total = max(sum(num_rounds), 1)
+    by_position = [sum(num_rounds[place:]) / total for place in range(1, len(num_rounds))]
+    return Acceptance(sum(by_position) / num_speculative_tokens, by_position, sum(num_rounds))

@@ -12,7 +12,12 @@ from typing_extensions import override
 from layerskip_vllm.checkpoint.entry import CONFIG_KEY, write_entry
 from layerskip_vllm.checkpoint.validation import Settings
 from layerskip_vllm.tools.command_line import Command, Option
-from layerskip_vllm.tools.output import make_console, make_progress, write_json
+from layerskip_vllm.tools.output import (
+    describe_duration,
+    make_console,
+    make_progress,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,16 +30,16 @@ class ExitsConfig(Settings):
 
     seq_len: int = Field(default=512, ge=1, description="tokens of a held-out sequence")
     max_held_out_tokens: int = Field(
-        default=65_536, ge=1, description="most tokens to measure losses over"
+        default=2_048, ge=1, description="most tokens to measure losses over"
     )
-    num_prompts: int = Field(default=32, ge=1, description="prompts to complete")
+    num_prompts: int = Field(default=16, ge=1, description="prompts to complete")
     num_prompt_tokens: int = Field(default=128, ge=1, description="tokens of each")
     max_tokens: int = Field(default=128, ge=1, description="most tokens of a completion")
     max_num_speculative_tokens: int = Field(
         default=8, ge=1, description="K goes from 1 to this, which is below --max-tokens"
     )
     batch_size: int = Field(
-        default=8,
+        default=16,
         ge=1,
         description="sequences, or prompts, of a forward pass, of which fewer take less memory",
     )
@@ -131,6 +136,8 @@ class ExitsCommand(Command, ExitsConfig):
         text = encode_documents(tokenizer, documents)
         eos_token_ids = measure.find_eos_token_ids(model, tokenizer)
         setting = measure.describe_setting(model, self.data, self)
+        seconds = measure.estimate_seconds(model, self)
+        console.print(f"This takes about {describe_duration(seconds)}.")
         with make_progress(console) as progress:
 
             def track(what: str, total: int) -> Callable[[int], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -21,6 +22,9 @@ from layerskip_vllm.training.exit_evaluation import (
     measure_held_out,
     simulate_acceptance,
 )
+from layerskip_vllm.training.exit_head import ExitHead
+
+_NUM_TIMED_TOKENS = 256
 
 
 def load_decoder(model: str, device: str | None, dtype: str) -> tuple[Any, Any]:
@@ -101,6 +105,38 @@ def measure_exits(
         head_share=draft_shares[0],
         exits=tuple(Exit(*fields) for fields in exits),
     )
+
+
+@torch.inference_mode()
+def estimate_seconds(model: Any, config: ExitsConfig) -> float:
+    """Time a sequence through all layers and one exit, and a step of decoding, for `measure_exits`.
+
+    Returns about what all of it will take, less what the first runs of a program take more.
+    """
+    head = ExitHead(model)  # it runs the model once
+    rows = torch.zeros(1, min(config.seq_len, _NUM_TIMED_TOKENS), dtype=torch.int64)
+    rows = rows.to(model.device)
+    num_layers = len(head.parts.layers)
+    start_s = time.perf_counter()
+    hidden_states = head.run_layers(rows)[num_layers - 1].flatten(0, 1)
+    layers_s = _stop(hidden_states) - start_s
+    choices = [logits.max(-1).values for logits in head.iter_logits(hidden_states)]
+    exit_s = _stop(choices[-1]) - start_s - layers_s
+    start_s = time.perf_counter()
+    step = rows.new_zeros(min(config.batch_size, config.num_prompts), 1)
+    step_s = _stop(model(input_ids=step, use_cache=True).logits) - start_s
+    num_steps = -(-config.num_prompts // config.batch_size) * config.max_tokens
+    num_completed = config.num_prompts * config.max_tokens
+    num_read = config.max_held_out_tokens + num_completed
+    num_run = num_read + config.num_prompts * config.num_prompt_tokens
+    timed = rows.shape[1]
+    return (num_run * layers_s + num_layers * num_read * exit_s) / timed + num_steps * step_s
+
+
+def _stop(output: torch.Tensor) -> float:
+    """Return the time at which an output is there: a GPU works behind the host."""
+    output.flatten()[0].item()
+    return time.perf_counter()
 
 
 def play_drafts(

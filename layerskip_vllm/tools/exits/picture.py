@@ -6,18 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from layerskip_vllm.tools.chart_style import INK, LAYERSKIP, MUTED, PLAIN, TRACK, WRONG, style_axes
 from layerskip_vllm.tools.exits.exit_report import ExitReport
+from layerskip_vllm.tools.speedup_map import draw_speedup_map
 
 _LEFT = 0.06
 _LINE: dict[str, Any] = {"linewidth": 2.5, "marker": "o", "markersize": 4}
-# Slower than plain decoding is grey, as fast is white, faster is green.
-_SPEEDUP_COLORS = LinearSegmentedColormap.from_list("speedup", ["#9aa5b1", "#ffffff", LAYERSKIP])
 
 
 def draw_exits(path: Path, report: ExitReport) -> None:
@@ -61,47 +58,11 @@ def _write_headline(figure: Figure, report: ExitReport) -> None:
 
 
 def _draw_speedups(axes: Axes, report: ExitReport) -> None:
-    rows = list(zip(*(exit_.drafts for exit_ in report.exits[:-1]), strict=True))
-    speedups = [[draft.speedup for draft in row] for row in rows]
-    highest = max(max(row) for row in speedups)
-    lowest = min(min(row) for row in speedups)
-    axes.imshow(
-        speedups,
-        cmap=_SPEEDUP_COLORS,
-        norm=TwoSlopeNorm(1, vmin=min(lowest, 0.99), vmax=max(highest, 1.01)),
-        extent=(0.5, len(report.exits) - 0.5, len(rows) + 0.5, 0.5),
-        aspect="auto",
-    )
-    axes.invert_yaxis()
-    if len(report.exits) <= 40 and len(rows) <= 12:
-        _write_speedups(axes, report)
-    best = report.best
-    corner = (best.exit_layer - 0.5, best.num_speculative_tokens - 0.5)
-    box = Rectangle(corner, 1, 1, fill=False, edgecolor=INK, linewidth=2.5, zorder=3, clip_on=False)
-    axes.add_patch(box)
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
-    axes.set_ylabel("tokens in a draft", color=MUTED, fontsize=10)
+    speedups = [[draft.speedup for draft in exit_.drafts] for exit_ in report.exits[:-1]]
+    draw_speedup_map(axes, speedups, (report.best.exit_layer, report.best.num_speculative_tokens))
     style_axes(
         axes, "Speed-up, at best", "times plain decoding, if reading weights were all its cost"
     )
-
-
-def _write_speedups(axes: Axes, report: ExitReport) -> None:
-    size = 8.5 if len(report.exits) <= 28 else 6.5
-    highest = max(report.best.speedup, 1.01)
-    for exit_ in report.exits[:-1]:
-        for draft in exit_.drafts:
-            is_dark = draft.speedup > 1 + 0.6 * (highest - 1)
-            axes.text(
-                draft.exit_layer,
-                draft.num_speculative_tokens,
-                f"{draft.speedup:.2f}",
-                ha="center",
-                va="center",
-                fontsize=size,
-                fontweight="bold" if draft == report.best else "normal",
-                color="white" if is_dark else INK,
-            )
 
 
 def _draw_agreements(axes: Axes, report: ExitReport) -> None:

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from layerskip_vllm.training import exit_head
 from layerskip_vllm.training.exit_evaluation import (
     complete_greedily,
+    count_runs,
     exit_matches,
     measure_held_out,
     simulate_acceptance,
@@ -106,6 +107,16 @@ def test_acceptance_adds_up_rounds_when_there_are_several_prompts():
 
     assert acceptance.num_rounds == 2
     assert acceptance.rate_by_position == [0.5, 0.5]
+
+
+def test_runs_are_counted_from_each_place_when_some_are_wrong():
+    assert count_runs(torch.tensor([True, True, False, True, True]), 4) == [2, 1, 0, 2, 1]
+    assert count_runs(torch.tensor([True, True, True]), 2) == [2, 2, 1]
+    assert count_runs(torch.tensor([], dtype=torch.bool), 2) == []
+
+
+def test_runs_follow_the_place_in_a_draft_when_it_matters():
+    assert count_runs(torch.tensor([[True, True, False], [False, False, True]]), 2) == [1, 2, 0]
 
 
 def test_acceptance_is_zero_when_no_round_fits():
