@@ -82,4 +82,4 @@ check-null-gpu: setup
 	bash tests/null_gpu/run.sh
 
 clean:
-	rm -rf .venv .null-gpu demo-output bench-output benchmark-output exits-output verify-output outputs draft_vocab.json build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .null-gpu demo-output bench-output benchmark-output exits-output tune-output verify-output outputs draft_vocab.json build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -131,7 +131,9 @@ def _describe(field: FieldInfo) -> str:
 def _show_default(field: FieldInfo) -> str:
     """Show the default; nothing where there is none, or it is to do nothing."""
     default = None if field.is_required() else field.get_default(call_default_factory=True)
-    return "" if default is None or default is False or default in ((), {}) else str(default)
+    if default is None or default is False or default in ((), {}):
+        return ""
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 def _read_object(text: str) -> dict[str, Any]:

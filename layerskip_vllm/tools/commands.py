@@ -17,6 +17,7 @@ from layerskip_vllm.tools.draft_vocab.command import DraftVocabCommand
 from layerskip_vllm.tools.exits.command import ExitsCommand
 from layerskip_vllm.tools.soak.command import SoakCommand
 from layerskip_vllm.tools.train import TrainCommand
+from layerskip_vllm.tools.tune.command import TuneCommand
 from layerskip_vllm.tools.verify.command import VerifyCommand
 from layerskip_vllm.tools.watch.command import WatchCommand
 
@@ -27,6 +28,7 @@ COMMANDS: Mapping[str, type[Command]] = {
     "exits": ExitsCommand,
     "soak": SoakCommand,
     "train": TrainCommand,
+    "tune": TuneCommand,
     "verify": VerifyCommand,
     "watch": WatchCommand,
 }

@@ -1,0 +1,1 @@
+"""What pays on a machine, predicted and tried, for `layerskip-vllm tune`."""
