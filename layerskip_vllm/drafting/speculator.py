@@ -15,43 +15,32 @@ from torch import nn
 from typing_extensions import override
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.forward_context import BatchDescriptor, set_forward_context
-from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
-from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.dp_utils import DPSyncState, dispatch_cg_and_sync_dp
-from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.lora_utils import NO_LORA_ID, LoraState
-from vllm.v1.worker.gpu.model_states.interface import ModelState
-from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
-from vllm.v1.worker.utils import AttentionGroup
 
-from layerskip_vllm.config.speculative import LayerSkipConfig, get_layerskip_config
+from layerskip_vllm.config.speculative import get_layerskip_config
 from layerskip_vllm.drafting.cuda_graphs import DraftCudaGraphs
 from layerskip_vllm.drafting.exit_model import ExitModel
 from layerskip_vllm.drafting.kernels import advance_draft, prepare_draft
 from layerskip_vllm.drafting.log import log_drafting
 from layerskip_vllm.drafting.lora import DraftLoRA, make_draft_lora
+from layerskip_vllm.drafting.one_token_steps import OneTokenSteps
 from layerskip_vllm.drafting.target_graphs import take_any_mix
 
 if TYPE_CHECKING:
     from layerskip_vllm.drafting.device_lookup import DeviceLookup
 
 
-class LayerSkipSpeculator(DraftModelSpeculator):
+class LayerSkipSpeculator(OneTokenSteps):
     """Drafts with the target's first layers, over the target's own KV cache.
 
     All K steps are alike, one token a request: the target has already written the first layers'
     keys and values of every token it has seen, so there is no draft prefill. One CUDA graph of one
-    step is replayed for each, whatever K is. What changes from step to step is on the device; where
-    the attention backend cannot update its metadata there, the host builds it between replays.
+    step is replayed for each, whatever K is.
     """
-
-    speculative_config: LayerSkipConfig
-    model: ExitModel
-    draft_attn_layer_names: set[str]
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState):
         reuse = get_layerskip_config(vllm_config).reuse_exit_states
@@ -76,39 +65,12 @@ class LayerSkipSpeculator(DraftModelSpeculator):
 
         return DeviceLookup(req_states, may_leave_out=self.dp_size == 1)  # ranks draft alike
 
-    @property
-    def max_model_len(self) -> int:
-        """The longest context, which vLLM may shorten to fit the memory after this is made."""
-        return self.vllm_config.model_config.max_model_len
-
-    @max_model_len.setter
-    def max_model_len(self, value: int) -> None:
-        """Ignore what vLLM 0.32 sets when this is made; later versions have the property."""
-
     @override
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
     ) -> ExitModel:
         self.lora = make_draft_lora(self.vllm_config, target_model)
         return ExitModel(target_model, self.speculative_config.exit_layer, self.vllm_config)
-
-    @override
-    def set_attn(
-        self,
-        model_state: ModelState,
-        kv_cache_config: KVCacheConfig,
-        block_tables: BlockTables,
-        target_input_buffers: InputBuffers,
-        target_attn_groups: list[list[AttentionGroup]],
-    ) -> None:
-        # The runner takes these names out of the target's checks, so it must see none: there are no
-        # layers but the target's. Only the metadata of draft steps is built for the first ones'.
-        no_names = self.draft_attn_layer_names
-        self.draft_attn_layer_names = self.model.attn_layer_names
-        super().set_attn(
-            model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups
-        )
-        self.draft_attn_layer_names = no_names
 
     @override
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
@@ -264,7 +226,9 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         )
         if self.lora is not None and (dummy_run or self.is_lora_mapped):
             self.lora.map_requests(lora_ids, batch_desc.num_tokens)
-        self._draft(
+        self._run_steps(
+            self._draft_one,
+            self.graphs,
             num_reqs,
             batch_desc,
             num_tokens_across_dp,
@@ -303,54 +267,6 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         )
         return batch_desc, None if dp_sync_state is None else dp_sync_state.num_tokens_across_dp
 
-    def _draft(
-        self,
-        num_reqs: int,
-        batch_desc: BatchExecutionDescriptor,
-        num_tokens_across_dp: torch.Tensor | None,
-        seq_lens_cpu_upper_bound: torch.Tensor | None,
-        num_speculative_tokens: int,
-    ) -> None:
-        """Run the draft steps, by replays of a graph or eagerly.
-
-        Without `seq_lens_cpu_upper_bound` the steps run without attention (profiling).
-        """
-        graphs = self.graphs if batch_desc.cg_mode == CUDAGraphMode.FULL else None
-        if graphs is not None and self.supports_decode_metadata_update:
-            for group in self._all_attn_groups():
-                group.map_to_kernel_block_table(
-                    self.block_tables.input_block_tables[group.kv_cache_group_id]
-                )
-        # What steps update on the device is built once for all of them; a graph has its own.
-        num_builds = int(graphs is None)
-        if not self.supports_decode_metadata_update:
-            num_builds = num_speculative_tokens
-        attn_metadata, slot_mappings = None, None
-        for step in range(num_speculative_tokens):
-            if step < num_builds and seq_lens_cpu_upper_bound is not None:
-                slot_mappings = build_slot_mappings_by_layer(
-                    self._compute_slot_mappings(num_reqs, batch_desc.num_tokens),
-                    self.kv_cache_config,
-                )
-                attn_metadata = self._build_uniform_attn_metadata(
-                    batch_desc,
-                    num_reqs,
-                    num_query_per_req=1,
-                    seq_lens_cpu_upper_bound=seq_lens_cpu_upper_bound,
-                    step=step + 1,
-                )
-            if graphs is not None:
-                graphs.run_fullgraph(batch_desc)
-            else:
-                self._draft_one(
-                    num_reqs,
-                    batch_desc.num_tokens,
-                    attn_metadata,
-                    slot_mappings,
-                    num_tokens_across_dp,
-                    batch_desc.cg_mode,
-                )
-
     def _draft_one(
         self,
         num_reqs: int,
@@ -366,27 +282,19 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         All of it is on the device and the same in each step, for one CUDA graph. `capture` gives
         `num_speculative_steps`, which is of no use.
         """
-        if attn_metadata is not None and self.supports_decode_metadata_update:
-            self._compute_slot_mappings(num_reqs, num_tokens_padded)
-            self._update_draft_decode_metadata(attn_metadata, num_reqs)
-        with set_forward_context(
+        with self._step_context(
+            num_reqs,
+            num_tokens_padded,
             attn_metadata,
-            self.vllm_config,
-            num_tokens=num_tokens_padded,
-            num_tokens_across_dp=num_tokens_across_dp,
-            cudagraph_runtime_mode=cudagraph_runtime_mode,
-            slot_mapping=slot_mappings,
-            batch_descriptor=BatchDescriptor(num_tokens=num_tokens_padded),
-            is_padding=self.input_buffers.is_padding[:num_tokens_padded],
-        ):
-            hidden_states = self.model(
-                self.input_buffers.input_ids[:num_tokens_padded],
-                self.input_buffers.positions[:num_tokens_padded],
-            )
+            slot_mappings,
+            num_tokens_across_dp,
+            cudagraph_runtime_mode,
+        ) as (input_ids, positions):
+            hidden_states = self.model(input_ids, positions)
         sampled = self.sample_draft(
             hidden_states[:num_reqs],
             # vLLM keys a draw by the position before the sampled token, which is the input's.
-            self.input_buffers.positions[:num_reqs],
+            positions[:num_reqs],
             self.idx_mapping[:num_reqs],
             self.temperature,
             self.seeds,
@@ -420,14 +328,3 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         if head is None or self.draft_logits is not None:
             return sampled
         return head.token_ids[sampled]
-
-    def _compute_slot_mappings(self, num_reqs: int, num_tokens_padded: int) -> torch.Tensor:
-        return self.block_tables.compute_slot_mappings(
-            self.idx_mapping[:num_reqs],
-            self.input_buffers.query_start_loc[: num_reqs + 1],
-            self.input_buffers.positions[:num_reqs],
-            num_tokens_padded,
-        )
-
-    def _all_attn_groups(self) -> list[AttentionGroup]:
-        return [group for groups in self.attn_groups for group in groups]

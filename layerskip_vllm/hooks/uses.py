@@ -134,9 +134,17 @@ USES = (
         ),
         why="`LayerSkipSpeculator` is V2's `DraftModelSpeculator`, over the target's own KV cache",
         process=V2_WORKER,
-        how="Overrides how a draft is made and captured, and names no layers of its own to the "
-        "runner, which would take them out of the target's checks.",
+        how="Overrides how a draft is made and captured.",
         upstream="[vllm#36219](https://github.com/vllm-project/vllm/issues/36219), open",
+        remove_when=_REGISTRY,
+    ),
+    Use(
+        module="layerskip_vllm.drafting.one_token_steps",
+        relies_on=("vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator",),
+        why="V2's draft steps run the target's first layers, one token a request",
+        process=V2_WORKER,
+        how="Extends `DraftModelSpeculator`; names no layers of its own to the runner, which would "
+        "take them out of the target's checks.",
         remove_when=_REGISTRY,
     ),
     Use(

@@ -106,7 +106,10 @@ def test_idle_rank_drafts_for_no_more_requests_than_the_busiest_has(
         dp_rank=0,
         max_num_tokens=64,
         _copy_request_inputs=lambda n, *a, **k: record("copied", n),
-        _draft=lambda n, desc, across, *a: num_reqs.update(drafted=n, across=int(across.max())),
+        _draft_one=None,
+        _run_steps=lambda _, graphs, n, desc, across, *a: num_reqs.update(
+            drafted=n, across=int(across.max())
+        ),
     )
     for name in ("_dispatch", "_build_uniform_batch_dp_sync"):
         setattr(drafter, name, getattr(LayerSkipSpeculator, name).__get__(drafter))
