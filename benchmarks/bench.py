@@ -26,7 +26,7 @@ from benchmarks.bench_report import draw_grid, draw_memory, write_report
 from benchmarks.decoding.speedup_picture import make_speedup_figure
 from benchmarks.serving.bench_serve import bench_servers
 from benchmarks.serving.vllm_command import PLAIN
-from layerskip_vllm.tools.hardware import describe_hardware, list_gpu_names
+from layerskip_vllm.tools.hardware import describe_hardware
 from layerskip_vllm.tools.output import write_json
 
 EMBEDDED = "checkpoints/stdlib-24l"
@@ -128,8 +128,6 @@ def choose_systems(name: str) -> list[str]:
     systems = ["plain", *OWN, *peers]
     if name == "scale":  # random texts repeat nothing
         systems[systems.index("layerskip+lookup")] = "layerskip+auto+reuse"
-    if list_gpu_names():  # what Model Runner V1 alone does, on CPUs
-        systems = [system for system in systems if "reuse" not in system]
     if "suffix" in systems and find_spec("arctic_inference") is None:
         print("bench: suffix is left out: arctic-inference is not installed", flush=True)
         systems.remove("suffix")

@@ -41,7 +41,7 @@ _ALL_ON = "layerskip+auto+draft_vocab"
 # Four engines of 8B with their KV caches would not fit into 80 GiB.
 TABLE_SYSTEMS: Mapping[str, Sequence[str]] = {
     "gpu-1b": (
-        *("plain", "layerskip", "layerskip+draft_vocab", "layerskip+lookup"),
+        *("plain", "layerskip", "layerskip+draft_vocab", "layerskip+reuse", "layerskip+lookup"),
         *("layerskip+auto", _ALL_ON, "draft_model"),
     ),
     "gpu-8b": ("plain", "layerskip", _ALL_ON),

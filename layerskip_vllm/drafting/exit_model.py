@@ -134,7 +134,7 @@ class ExitModel(nn.Module):
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         inputs_embeds: torch.Tensor | None = None,
-        step: int | None = None,
+        keep: Callable[[IntermediateTensors], None] | None = None,
     ) -> torch.Tensor:
         """Run the first E layers, the final norm and the exit adapter.
 
@@ -142,20 +142,19 @@ class ExitModel(nn.Module):
             input_ids: `[num_tokens] int32`.
             positions: `[num_tokens] int64`.
             inputs_embeds: Never given; vLLM's drafting code names the argument.
-            step: Which step of a draft this is, if its exit states are to be kept.
+            keep: What takes the exit states, `[num_tokens, ...]` each, if they are to be kept.
 
         Returns:
             `[num_tokens, hidden_size]`, what `compute_logits` takes.
         """
         assert inputs_embeds is None
         hidden_states: torch.Tensor
-        if step is None:
+        if keep is None:
             with without_kv_connector():
                 hidden_states = self.staged_target(input_ids, positions, None, None)
         else:
-            assert self.exit_states is not None
             states = self.run_first_layers(input_ids, positions)
-            self.exit_states.keep(step, states)
+            keep(states)
             with run_as(LAST_RANK):
                 hidden_states = self.norm(None, positions, states, None)
         if self.exit_adapter is not None:

@@ -1,6 +1,7 @@
 """Exit states that drafting leaves behind, with which verification begins at the exit.
 
-The exit query cache of the paper. In the worker, filled by the drafter and read by `verifier`.
+The exit query cache of the paper. In the worker, filled by the drafter and read by `verifier`, on
+Model Runner V2 by `device_verifier`.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ class ExitStates:
     """What the first E layers made of each token that the last draft ran, before the final norm.
 
     A draft's step i has run a request's last token (i = 0) or its i-th draft. Its K-th draft is run
-    by no step: that one's state is made with the verification.
+    by no step: that one's state is made with the verification, and kept here on Model Runner V2.
 
     Source: arXiv 2404.16710, section 4.3.3: the exit query cache.
 
     Attributes:
-        tensors: What a pipeline would send on from layer E, `[K * max_num_reqs, ...]` each: step i
-            has the rows from `i * max_num_reqs` on, by the request's row in the batch.
+        tensors: What a pipeline would send on from layer E, `[(K + 1) * max_num_reqs, ...]` each:
+            step i has the rows from `i * max_num_reqs` on, by the request's row in the batch, on
+            Model Runner V2 by its request state.
         max_num_reqs: Rows of a step.
     """
 
@@ -53,7 +55,7 @@ class ExitStates:
         config = get_layerskip_config(vllm_config)
         self.max_num_reqs = vllm_config.scheduler_config.max_num_seqs
         self.tensors = target.make_empty_intermediate_tensors(
-            config.num_speculative_tokens * self.max_num_reqs,
+            (config.num_speculative_tokens + 1) * self.max_num_reqs,
             vllm_config.model_config.dtype,
             vllm_config.device_config.device,
         )
@@ -70,7 +72,7 @@ class ExitStates:
         """Say whose states the next target step may use.
 
         Args:
-            rows: The row of each request in the batch that drafts.
+            rows: The row of each request that drafts.
             num_steps: How many steps the draft has.
         """
         self._drafted_rows, self._num_steps = rows, num_steps
@@ -112,6 +114,39 @@ class ExitStates:
             start += length
         self.forget()
         return KeptStates(np.array(tokens, dtype=np.int64), np.array(rows, dtype=np.int64))
+
+    def holds_all(
+        self,
+        req_ids: Sequence[str],
+        rows: npt.NDArray[np.integer[Any]],
+        num_tokens: npt.NDArray[np.int32],
+        num_drafts: npt.NDArray[np.int32],
+    ) -> bool:
+        """Say whether a target step can use states for all its tokens but each request's last.
+
+        No later step can. A request without drafts is in the step with that last token alone.
+
+        Args:
+            req_ids: The requests of the step.
+            rows: `[num_reqs]`, their rows now.
+            num_tokens: `[num_reqs]`, how many tokens of each it runs.
+            num_drafts: `[num_reqs]`, how many of these are drafts.
+
+        Returns:
+            Whether all drafts are those that a request's last draft has run, and those alone.
+        """
+        holds = (
+            bool((num_tokens == num_drafts + 1).all())
+            and int(num_drafts.max()) <= self._num_steps
+            and all(
+                num == 0 or self._drafted_rows.get(req_id) == row
+                for req_id, row, num in zip(
+                    req_ids, rows.tolist(), num_drafts.tolist(), strict=True
+                )
+            )
+        )
+        self.forget()
+        return holds
 
     def merge(
         self, kept: KeptStates, made: IntermediateTensors, tokens: torch.Tensor

@@ -1,6 +1,6 @@
 """The kernels around the draft steps on Model Runner V2: one program a request, no host sync.
 
-Both can be recorded in a CUDA graph: they read and write buffers that keep their addresses. A row
+They can be recorded in a CUDA graph: they read and write buffers that keep their addresses. A row
 whose entry in `idx_mapping` is -1 drafts for nothing; vLLM's slot mapping kernel then writes no
 keys and values for it, and its sampling kernel stores no logits.
 """
@@ -9,7 +9,35 @@ from __future__ import annotations
 
 import torch
 from vllm.triton_utils import tl, triton
-from vllm.v1.worker.gpu.input_batch import InputBuffers
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _pad_rows(  # type: ignore[no-untyped-def]
+    num_reqs,
+    max_num_reqs,
+    query_start_loc_ptr,
+    seq_lens_ptr,
+    is_padding_ptr,
+    steps_ptr,
+    idx_mapping_ptr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Give each row a query of one token, and rows past the batch none, for any CUDA graph."""
+    for start in range(0, max_num_reqs + 1, BLOCK_SIZE):
+        block = start + tl.arange(0, BLOCK_SIZE)
+        tl.store(
+            query_start_loc_ptr + block,
+            tl.minimum(block, num_reqs),
+            mask=block < max_num_reqs + 1,
+        )
+    for start in range(num_reqs, max_num_reqs, BLOCK_SIZE):
+        block = start + tl.arange(0, BLOCK_SIZE)
+        is_row = block < max_num_reqs
+        tl.store(seq_lens_ptr + block, 0, mask=is_row)
+        tl.store(is_padding_ptr + block, 1, mask=is_row)
+        tl.store(steps_ptr + block, 0, mask=is_row)
+        tl.store(idx_mapping_ptr + block, -1, mask=is_row)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -32,20 +60,16 @@ def _prepare_draft_kernel(  # type: ignore[no-untyped-def]
     req_idx = tl.program_id(0)
     num_reqs = tl.num_programs(0) - 1
     if req_idx == num_reqs:
-        # Queries of one token, and rows past the batch of none, for CUDA graphs of any size.
-        for start in range(0, max_num_reqs + 1, BLOCK_SIZE):
-            block = start + tl.arange(0, BLOCK_SIZE)
-            tl.store(
-                query_start_loc_ptr + block,
-                tl.minimum(block, num_reqs),
-                mask=block < max_num_reqs + 1,
-            )
-        for start in range(num_reqs, max_num_reqs, BLOCK_SIZE):
-            block = start + tl.arange(0, BLOCK_SIZE)
-            is_row = block < max_num_reqs
-            tl.store(seq_lens_ptr + block, 0, mask=is_row)
-            tl.store(is_padding_ptr + block, 1, mask=is_row)
-            tl.store(steps_ptr + block, 0, mask=is_row)
+        _pad_rows(
+            num_reqs,
+            max_num_reqs,
+            query_start_loc_ptr,
+            seq_lens_ptr,
+            is_padding_ptr,
+            steps_ptr,
+            idx_mapping_ptr,
+            BLOCK_SIZE,
+        )
         return
 
     req_state_idx = tl.load(idx_mapping_ptr + req_idx)
@@ -176,4 +200,122 @@ def advance_draft(
         idx_mapping,
         sampled,
         max_model_len,
+    )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _prepare_last_tokens_kernel(  # type: ignore[no-untyped-def]
+    input_ids_ptr,
+    positions_ptr,
+    is_padding_ptr,
+    query_start_loc_ptr,
+    seq_lens_ptr,
+    steps_ptr,
+    idx_mapping_ptr,
+    target_input_ids_ptr,
+    target_query_start_loc_ptr,
+    target_seq_lens_ptr,
+    target_idx_mapping_ptr,
+    max_num_reqs,
+    BLOCK_SIZE: tl.constexpr,
+):
+    req_idx = tl.program_id(0)
+    num_reqs = tl.num_programs(0) - 1
+    if req_idx == num_reqs:
+        _pad_rows(
+            num_reqs,
+            max_num_reqs,
+            query_start_loc_ptr,
+            seq_lens_ptr,
+            is_padding_ptr,
+            steps_ptr,
+            idx_mapping_ptr,
+            BLOCK_SIZE,
+        )
+        return
+
+    last = tl.load(target_query_start_loc_ptr + req_idx + 1) - 1
+    seq_len = tl.load(target_seq_lens_ptr + req_idx)
+    tl.store(idx_mapping_ptr + req_idx, tl.load(target_idx_mapping_ptr + req_idx))
+    tl.store(input_ids_ptr + req_idx, tl.load(target_input_ids_ptr + last))
+    tl.store(positions_ptr + req_idx, (seq_len - 1).to(tl.int64))
+    tl.store(is_padding_ptr + req_idx, 0)
+    tl.store(seq_lens_ptr + req_idx, seq_len)
+    first = tl.load(target_query_start_loc_ptr + req_idx)
+    tl.store(steps_ptr + req_idx, (last - first).to(tl.int64))
+
+
+def prepare_last_tokens(
+    buffers: InputBuffers, steps: torch.Tensor, idx_mapping: torch.Tensor, input_batch: InputBatch
+) -> None:
+    """Set up a step over the last token of each request in a batch of the target.
+
+    Args:
+        buffers: Written: `input_ids`, `positions`, `is_padding`, `query_start_loc` and `seq_lens`.
+        steps: `[max_num_reqs] int64`, set to how many tokens of the request come before it in the
+            batch, which is the draft step that it would be.
+        idx_mapping: `[max_num_reqs] int64`, set to the request state of each.
+        input_batch: The batch that the target is about to run.
+    """
+    _prepare_last_tokens_kernel[(input_batch.num_reqs + 1,)](
+        buffers.input_ids,
+        buffers.positions,
+        buffers.is_padding,
+        buffers.query_start_loc,
+        buffers.seq_lens,
+        steps,
+        idx_mapping,
+        input_batch.input_ids,
+        input_batch.query_start_loc,
+        input_batch.seq_lens,
+        input_batch.idx_mapping,
+        buffers.max_num_reqs,
+        BLOCK_SIZE=1024,
+    )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _keep_rows_kernel(  # type: ignore[no-untyped-def]
+    kept_ptr,
+    kept_stride,
+    rows_ptr,
+    rows_stride,
+    idx_mapping_ptr,
+    steps_ptr,
+    max_num_reqs,
+    size,
+    BLOCK_SIZE: tl.constexpr,
+):
+    req_idx = tl.program_id(0).to(tl.int64)
+    req_state_idx = tl.load(idx_mapping_ptr + req_idx)
+    if req_state_idx < 0:
+        return
+    kept_row = tl.load(steps_ptr + req_idx) * max_num_reqs + req_state_idx
+    for start in range(0, size, BLOCK_SIZE):
+        block = start + tl.arange(0, BLOCK_SIZE)
+        values = tl.load(rows_ptr + req_idx * rows_stride + block, mask=block < size)
+        tl.store(kept_ptr + kept_row * kept_stride + block, values, mask=block < size)
+
+
+def keep_rows(
+    kept: torch.Tensor, rows: torch.Tensor, steps: torch.Tensor, idx_mapping: torch.Tensor
+) -> None:
+    """Keep what a step has made of each request, by step and request state.
+
+    Args:
+        kept: `[num_steps * max_num_reqs, size]`; row `step * max_num_reqs + state` is written.
+        rows: `[num_reqs, size]`, with padding or without.
+        steps: `[max_num_reqs] int64`, each row's step.
+        idx_mapping: `[max_num_reqs] int64`, each row's request state; rows with -1 are left out.
+    """
+    _keep_rows_kernel[(rows.shape[0],)](
+        kept,
+        kept.stride(0),
+        rows,
+        rows.stride(0),
+        idx_mapping,
+        steps,
+        idx_mapping.shape[0],
+        rows.shape[1],
+        BLOCK_SIZE=1024,
     )

@@ -66,7 +66,7 @@ class OneTokenSteps(DraftModelSpeculator):
         )
         self.draft_attn_layer_names = no_names
 
-    def _run_steps(
+    def run_steps(
         self,
         run_one: Callable[..., None],
         graphs: DraftCudaGraphs | None,
@@ -118,7 +118,7 @@ class OneTokenSteps(DraftModelSpeculator):
                 )
 
     @contextmanager
-    def _step_context(
+    def step_context(
         self,
         num_reqs: int,
         num_tokens_padded: int,

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from typing_extensions import override
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import set_forward_context
+from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -269,9 +272,11 @@ class LayerSkipProposer(DraftModelProposer):
         """Run one draft step on the tokens in `input_ids`: first layers, head, sampling."""
         num_reqs = metadata.num_reqs
         self.positions[:num_reqs] = slots.positions[step]
-        is_kept = self.verifier is not None and self.verifier.exit_states.is_expected
+        keep = None
+        if self.verifier is not None and self.verifier.exit_states.is_expected:
+            keep = partial(self.verifier.exit_states.keep, step)
         hidden_states = self._run_model(
-            batch, *self.attention.build_step(step, slots, metadata), step if is_kept else None
+            batch, *self.attention.build_step(step, slots, metadata), keep
         )
         generators = generators_of_step(step, sampling_metadata.generators, self.runner)
         return self._sample_draft_tokens(
@@ -283,15 +288,15 @@ class LayerSkipProposer(DraftModelProposer):
         batch: DraftBatch,
         attn_metadata: dict[str, Any] | None,
         slot_mapping: dict[str, torch.Tensor],
-        step: int | None = None,
+        keep: Callable[[IntermediateTensors], None] | None = None,
     ) -> torch.Tensor:
-        """Run the exit model, and keep its exit states if `step` says where.
+        """Run the exit model, and have its exit states kept if `keep` says where.
 
         Gives `[num_tokens, hidden_size]`.
         """
         with self.set_context(batch, attn_metadata, slot_mapping):
             hidden_states: torch.Tensor = self.model(
-                self.input_ids[: batch.num_tokens], self.positions[: batch.num_tokens], step=step
+                self.input_ids[: batch.num_tokens], self.positions[: batch.num_tokens], keep=keep
             )
         return hidden_states
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,8 +22,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.lora_utils import NO_LORA_ID, LoraState
 from vllm.v1.worker.gpu.states import RequestState
 
-from layerskip_vllm.config.speculative import get_layerskip_config
-from layerskip_vllm.drafting.cuda_graphs import DraftCudaGraphs
+from layerskip_vllm.drafting.cuda_graphs import DraftCudaGraphs, RemainingLayersCudaGraphs
+from layerskip_vllm.drafting.device_verifier import DeviceVerifier
 from layerskip_vllm.drafting.exit_model import ExitModel
 from layerskip_vllm.drafting.kernels import advance_draft, prepare_draft
 from layerskip_vllm.drafting.log import log_drafting
@@ -43,16 +44,14 @@ class LayerSkipSpeculator(OneTokenSteps):
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState):
-        reuse = get_layerskip_config(vllm_config).reuse_exit_states
-        if reuse != "off":
-            raise ValueError(
-                f"reuse_exit_states is {reuse!r}, but Model Runner V2 has no CUDA graphs of a "
-                "verification that begins at the exit yet; leave it out."
-            )
         super().__init__(vllm_config, device)
         self.lookup = self._make_lookup(req_states)
         self.draft_steps = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
+        # Here, where vLLM looks for what it captured to measure memory, and drops it.
         self.graphs: DraftCudaGraphs | None = None
+        self.last_token_graphs: DraftCudaGraphs | None = None
+        self.remaining_graphs: RemainingLayersCudaGraphs | None = None
+        self.verifier: DeviceVerifier | None = None
         self.lora: DraftLoRA | None = None
         self.lora_ids: Sequence[int] = ()
         self.is_lora_mapped = False
@@ -70,19 +69,22 @@ class LayerSkipSpeculator(OneTokenSteps):
         self, target_model: nn.Module, target_attn_layer_names: set[str]
     ) -> ExitModel:
         self.lora = make_draft_lora(self.vllm_config, target_model)
-        return ExitModel(target_model, self.speculative_config.exit_layer, self.vllm_config)
+        config = self.speculative_config
+        self.model = ExitModel(target_model, config.exit_layer, self.vllm_config)
+        if self.model.exit_states is not None:
+            self.verifier = DeviceVerifier(self, self.model.exit_states)
+        return self.model
 
     @override
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         is_full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         if self.speculative_config.enforce_eager:
             is_full = False
-        self.graphs = DraftCudaGraphs(
-            self.vllm_config,
-            self.device,
-            CUDAGraphMode.FULL_DECODE_ONLY if is_full else CUDAGraphMode.NONE,
-            self.lora,
-        )
+        mode = CUDAGraphMode.FULL_DECODE_ONLY if is_full else CUDAGraphMode.NONE
+        self.graphs = DraftCudaGraphs(self.vllm_config, self.device, mode, self.lora)
+        if self.verifier is not None:
+            self.last_token_graphs = DraftCudaGraphs(self.vllm_config, self.device, mode, None)
+            self.last_token_graphs.leave_out_below(self.verifier.min_num_reqs)
         log_drafting(
             self.model,
             self.speculative_config,
@@ -103,10 +105,14 @@ class LayerSkipSpeculator(OneTokenSteps):
             self.kv_cache_config,
             progress_bar_desc="Capturing draft CUDA graphs",
         )
+        if self.verifier is not None:
+            self.verifier.capture()
 
     def prepare_target_graphs(self, runner: Any) -> None:
         """Have the runner's graphs take drafts of any length; called before they are captured."""
         take_any_mix(runner)
+        if self.verifier is not None:
+            self.verifier.attach(runner)
 
     def prepare_sampling(self, lora_state: LoraState, input_batch: InputBatch) -> None:
         """Map the rows that are to be verified, and afterwards drafted from, to their adapters.
@@ -186,6 +192,8 @@ class LayerSkipSpeculator(OneTokenSteps):
         if num_speculative_tokens == 0:
             if self.lookup is not None:
                 self.lookup.forget()
+            if self.verifier is not None:
+                self.verifier.forget()
             return self.draft_tokens[:num_reqs].fill_(-1)
         lookup = None if dummy_run else self.lookup
         has_draft_steps = lookup is None or not lookup.expects_copies(input_batch)
@@ -226,7 +234,7 @@ class LayerSkipSpeculator(OneTokenSteps):
         )
         if self.lora is not None and (dummy_run or self.is_lora_mapped):
             self.lora.map_requests(lora_ids, batch_desc.num_tokens)
-        self._run_steps(
+        self.run_steps(
             self._draft_one,
             self.graphs,
             num_reqs,
@@ -235,6 +243,11 @@ class LayerSkipSpeculator(OneTokenSteps):
             None if dummy_run and skip_attn_for_dummy_run else input_batch.seq_lens_cpu_upper_bound,
             num_speculative_tokens,
         )
+        if self.verifier is not None:
+            if is_profile:
+                self.verifier.compile()
+            elif not dummy_run:
+                self.verifier.expect(input_batch, batch_desc.num_tokens, num_speculative_tokens)
         return self.draft_tokens[:num_reqs]
 
     def _dispatch(
@@ -282,7 +295,7 @@ class LayerSkipSpeculator(OneTokenSteps):
         All of it is on the device and the same in each step, for one CUDA graph. `capture` gives
         `num_speculative_steps`, which is of no use.
         """
-        with self._step_context(
+        with self.step_context(
             num_reqs,
             num_tokens_padded,
             attn_metadata,
@@ -290,7 +303,10 @@ class LayerSkipSpeculator(OneTokenSteps):
             num_tokens_across_dp,
             cudagraph_runtime_mode,
         ) as (input_ids, positions):
-            hidden_states = self.model(input_ids, positions)
+            keep = None
+            if self.verifier is not None and self.verifier.keeps(num_tokens_padded):
+                keep = partial(self.verifier.keep, num_reqs)
+            hidden_states = self.model(input_ids, positions, keep=keep)
         sampled = self.sample_draft(
             hidden_states[:num_reqs],
             # vLLM keys a draw by the position before the sampled token, which is the input's.

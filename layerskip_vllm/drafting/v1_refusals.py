@@ -16,8 +16,8 @@ def check_runner_v1(config: LayerSkipConfig, device: torch.device, is_async: boo
     reuse, lookup = config.reuse_exit_states, config.lookup
     if reuse != "off" and device.type != "cpu":
         raise ValueError(
-            f"reuse_exit_states is {reuse!r}, but Model Runner V1 has it on CPUs alone; leave "
-            "it out."
+            f"reuse_exit_states is {reuse!r}, but Model Runner V1 has it on CPUs alone; use "
+            "Model Runner V2, or leave it out."
         )
     if lookup != "off" and (device.type != "cpu" or is_async):
         raise ValueError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from layerskip_vllm.hooks.install import V1_WORKER, V2_WORKER, Use
 
 _V1_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_V2_RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 _WORKER = "each worker"
 
 _REGISTRY = "vLLM takes drafters from outside, through an interface that it keeps"
@@ -153,11 +154,37 @@ USES = (
             "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils:"
             "SpeculatorCudaGraphManager",
         ),
-        why="`DraftCudaGraphs` are vLLM's graphs of draft steps",
-        reason="vLLM's drafts have no adapters.",
+        why="`DraftCudaGraphs` are vLLM's graphs of draft steps, `RemainingLayersCudaGraphs` those "
+        "of a model's steps",
+        reason="vLLM's drafts have no adapters, and its models begin with their first layer.",
         process=V2_WORKER,
-        how="Has each captured with as many adapters in use as it will be run with.",
-        remove_when="vLLM captures drafts with adapters",
+        how="Has each captured with as many adapters in use as it will be run with; of the "
+        "target's full graphs, captures those again that steps which begin at the exit are run "
+        "by (`_capture_descs`).",
+        remove_when="vLLM captures drafts with adapters, and a model's layers can be run in two "
+        "parts",
+    ),
+    Use(
+        module="layerskip_vllm.drafting.device_verifier",
+        relies_on=(
+            f"{_V2_RUNNER}.prepare_inputs",
+            f"{_V2_RUNNER}.prepare_attn",
+            f"{_V2_RUNNER}.execute_model",
+            f"{_V2_RUNNER}.gather_batch_req_state",
+            f"{_V2_RUNNER}.add_requests",
+            "vllm.v1.worker.gpu.block_table:BlockTables.gather_block_tables",
+            "vllm.v1.worker.gpu.cudagraph_utils:ModelCudaGraphManager",
+            "vllm.v1.worker.gpu.input_batch:InputBatch",
+            "vllm.v1.worker.gpu.input_batch:expand_idx_mapping",
+        ),
+        why="on V2, verification begins at the exit where drafting has left exit states",
+        reason="A request that has drafts in a step without prompts was drafted for in a step "
+        "before, by its request state; one that joins or resumes has a prompt to run first.",
+        process=V2_WORKER,
+        how="Takes the place of the runner's `prepare_inputs`, of its graphs' `run_fullgraph` and "
+        "of the model's `forward`, on these objects: each calls the original, but where a step "
+        "begins at the exit.",
+        remove_when="a model's layers can be run in two parts",
     ),
     Use(
         module="layerskip_vllm.drafting.target_graphs",

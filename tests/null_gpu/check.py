@@ -24,6 +24,8 @@ NUM_SPECULATIVE_TOKENS = 3
 LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
 OWN_K = "requests that draft less"
 COPIED = "copied drafts"
+REUSED = "reused exit states"
+REUSED_REBUILT = f"{REUSED}, metadata built between replays"
 ADAPTIVE = "adaptive verification"
 DRAFT_VOCAB: dict[str, Any] = {"draft_vocab": "a file that is made for the case"}
 SYNC_CHECK = {"VLLM_GPU_SYNC_CHECK": "error"}  # vLLM ends a step in which the host waits
@@ -61,6 +63,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str], str]] = {
     ),
     "no host sync": ({}, {}, SYNC_CHECK, FULL),
     COPIED: ({}, {"lookup": "auto"}, SYNC_CHECK, FULL),
+    REUSED: ({}, {"reuse_exit_states": "on"}, SYNC_CHECK, FULL),
+    REUSED_REBUILT: (
+        {"attention_backend": "FLEX_ATTENTION"},
+        {"reuse_exit_states": "on"},
+        {},
+        FULL,
+    ),
     "no async scheduling": ({"async_scheduling": False}, {}, {}, FULL),
     # vLLM asserts that several ranges of compiled sizes come of a graph with a size in it.
     "one request, compiled in ranges": (
@@ -123,6 +132,8 @@ def run_case(name: str, model: str) -> None:
         _check_own_k(llm, runner)
     if name == COPIED:
         _check_copies(llm, runner)
+    if name in (REUSED, REUSED_REBUILT):
+        _check_reuse(llm, runner)
     print("result:", json.dumps(_describe(runner, graphs)))
 
 
@@ -153,6 +164,29 @@ def _check_copies(llm: Any, runner: Any) -> None:
     assert has_draft_steps.count(False) > 0, f"draft steps in all {len(has_draft_steps)} steps"
     num_expected = NUM_SPECULATIVE_TOKENS * has_draft_steps.count(True)
     assert len(replays) == num_expected > 0, f"{len(replays)} draft steps, not {num_expected}"
+
+
+def _check_reuse(llm: Any, runner: Any) -> None:
+    """See each step after that of the prompts begin at the exit, in two full graphs."""
+    from vllm import SamplingParams
+
+    speculator = runner.speculator
+    replays: list[str] = []
+    for name in ("last_token_graphs", "remaining_graphs"):
+        manager = getattr(speculator, name)
+
+        def run(desc: Any, run: Any = manager.run_fullgraph, name: str = name) -> Any:
+            replays.append(name)
+            return run(desc)
+
+        manager.run_fullgraph = run
+    before = speculator.verifier.num_steps
+    prompts = [{"prompt_token_ids": [2 + index, 3, 4]} for index in range(3)]
+    sampling = SamplingParams(max_tokens=8, ignore_eos=True, temperature=0.0)
+    llm.generate(prompts, sampling, use_tqdm=False)
+    num_steps = speculator.verifier.num_steps - before
+    assert num_steps >= 7, f"{num_steps} steps began at the exit"
+    assert replays == ["last_token_graphs", "remaining_graphs"] * num_steps, replays
 
 
 def _check_own_k(llm: Any, runner: Any) -> None:

@@ -12,8 +12,9 @@ def serve_and_count_verifications(scenario: Scenario) -> tuple[Report, int]:
     with engine(scenario) as llm:
         server = Server(llm, scenario)
         report = server.run()
-        worker = server.core.model_executor.driver_worker.worker
-        return report, worker.model_runner.drafter.verifier.num_steps
+        runner = server.core.model_executor.driver_worker.worker.model_runner
+        drafter = getattr(runner, "drafter", None) or runner.speculator
+        return report, drafter.verifier.num_steps
 
 
 def serve_with_reload_after_a_draft(scenario: Scenario, path: str) -> Report:

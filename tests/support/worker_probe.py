@@ -48,6 +48,7 @@ class WorkerProbe:
             "num_attn_layers": len(drafter.model.attn_layer_names),
             "runs_part_of_the_experts": _runs_part_of_the_experts(),
             "num_local_argmax": self.probe_num_local_argmax,
+            "num_reused": drafter.verifier.num_steps if drafter.verifier is not None else 0,
             "variables": {k: v for k, v in os.environ.items() if k.startswith("VLLM_LAYERSKIP_")},
             "ray_node": _ray_node(),
         }

@@ -51,6 +51,7 @@ CASES = {
     "exit adapter": Case("llama"),
     # Both ranks have some of its 99 tokens, of other numbers.
     "draft vocabulary": Case("llama-tied", {"draft_sample_method": "probabilistic"}),
+    "reused exit states": Case("llama", {"reuse_exit_states": "on"}),
 }
 
 
@@ -144,5 +145,7 @@ def test_each_rank_drafts_as_the_user_says_when_there_are_two(comparison: Compar
         assert worker["num_attn_layers"] == EXIT_LAYER
         is_split = "enable_expert_parallel" in comparison.case.parallel
         assert worker["runs_part_of_the_experts"] == is_split
+        is_reused = "reuse_exit_states" in comparison.case.speculative
+        assert (worker["num_reused"] > 4) == is_reused
         is_local = "use_local_argmax_reduction" in comparison.case.speculative
         assert (worker["num_local_argmax"] > 0) == is_local

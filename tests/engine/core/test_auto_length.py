@@ -65,14 +65,14 @@ def test_engine_measures_itself_before_it_drafts(runner, checkpoint, is_async):
     assert drafted.num_drafts > 0
 
 
-def test_tokens_are_plains_when_exit_states_are_reused(engines, checkpoint):
+def test_tokens_are_plains_when_exit_states_are_reused(runner, checkpoint):
     """A verification begins at the exit, of as many drafts as the step before has made."""
     requests = tuple(
         Request(tokens(9 + seed, seed), {"max_tokens": 25}, joins_at=2 * seed) for seed in range(3)
     )
     speculative = layerskip(2, f"auto:{K}", reuse_exit_states="on")
     scenario = Scenario(str(checkpoint()), requests, speculative, lengths=LENGTHS)
-    plain, drafted = engines.serve("v1", scenario.plain(), scenario)
+    plain, drafted = runner.pair(scenario)
     assert_same_outputs(plain, drafted)
     assert {step.num_to_draft for step in drafted.steps} == set(LENGTHS)
     assert_some_accepted_some_refused(drafted)

@@ -84,23 +84,25 @@ def test_tokens_equal_plain_when_layers_are_compiled(runner, checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("environment", "engine"),
+    ("environment", "engine", "settings"),
     [
         # vLLM ends a step in which the host waits for the device.
-        ({"VLLM_GPU_SYNC_CHECK": "error"}, {}),
+        ({"VLLM_GPU_SYNC_CHECK": "error"}, {}, {}),
+        ({"VLLM_GPU_SYNC_CHECK": "error"}, {}, {"reuse_exit_states": "on"}),
         # No kernel's result depends on the batch's shape, so that bfloat16 is exact too.
         (
             {"VLLM_BATCH_INVARIANT": "1"},
             {"dtype": "bfloat16", "attention_backend": "TRITON_ATTN"},
+            {},
         ),
     ],
-    ids=["no-host-sync", "batch-invariant"],
+    ids=["no-host-sync", "no-host-sync-reused", "batch-invariant"],
 )
-def test_tokens_equal_plain_when_process_has(checkpoint, tmp_path, environment, engine):
+def test_tokens_equal_plain_when_process_has(checkpoint, tmp_path, environment, engine, settings):
     """On a CPU neither means anything, and its attention is its own: the first runs there."""
     if not IS_ON_GPU and engine:
         pytest.skip("vLLM has no batch-invariant kernels for a CPU")
-    scenario = Scenario(str(checkpoint()), REQUESTS, layerskip(2, 3), engine)
+    scenario = Scenario(str(checkpoint()), REQUESTS, layerskip(2, 3, **settings), engine)
     process = RunnerProcess("v2", tmp_path, environment)
     try:
         plain = process.run("tests.support.jobs:serve", scenario.plain())
@@ -113,17 +115,26 @@ def test_tokens_equal_plain_when_process_has(checkpoint, tmp_path, environment, 
 
 @pytest.mark.parametrize("runner_name", TESTED_RUNNERS)
 @pytest.mark.parametrize(
-    ("feature", "engine", "job", "message"),
+    ("feature", "engine", "settings", "job", "message"),
     [
         (
             "sleep mode",
             {"enable_sleep_mode": True},
+            {},
+            "sleep_job:serve_around_sleep",
+            "Sleep mode is not supported on current",
+        ),
+        (
+            "sleep mode with `reuse_exit_states`",
+            {"enable_sleep_mode": True},
+            {"reuse_exit_states": "on"},
             "sleep_job:serve_around_sleep",
             "Sleep mode is not supported on current",
         ),
         (
             "`OffloadingConnector`",
             {"kv_offloading_size": 0.05},
+            {},
             "jobs:serve_alone",
             "CPU Offloading is currently only supported on CUDA-alike and XPU GPUs",
         ),
@@ -131,9 +142,9 @@ def test_tokens_equal_plain_when_process_has(checkpoint, tmp_path, environment, 
 )
 @pytest.mark.feature("Engine", "{feature} on a CPU", is_refused=True)
 def test_engine_feature_works_on_a_gpu_and_is_refused_on_a_cpu_by_name(
-    checkpoint, tmp_path, runner_name, feature, engine, job, message
+    checkpoint, tmp_path, runner_name, feature, engine, settings, job, message
 ):
-    scenario = Scenario(str(checkpoint()), REQUESTS, layerskip(2, 3), engine)
+    scenario = Scenario(str(checkpoint()), REQUESTS, layerskip(2, 3, **settings), engine)
     process = RunnerProcess(runner_name, tmp_path)
     try:
         if not IS_ON_GPU:

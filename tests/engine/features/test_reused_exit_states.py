@@ -33,11 +33,11 @@ REQUESTS = (
 ENGINE = {"max_num_seqs": 4, "max_num_batched_tokens": 32}
 
 
-def assert_reused(engines, scenario, num_verifications):
+def assert_reused(runner, scenario, num_verifications):
     """Tokens are plain vLLM's, and drafts are accepted as without reuse; returns the report."""
     speculative = {**scenario.speculative, "reuse_exit_states": "off"}
-    plain, usual = engines.serve("v1", scenario.plain(), replace(scenario, speculative=speculative))
-    reused, num_steps = engines.run("v1", COUNT, scenario)
+    plain, usual = runner.serve(scenario.plain(), replace(scenario, speculative=speculative))
+    reused, num_steps = runner.run(COUNT, scenario)
     assert num_steps >= num_verifications
     assert_same_outputs(plain, reused)
     assert reused.counts == usual.counts
@@ -45,26 +45,28 @@ def assert_reused(engines, scenario, num_verifications):
     return reused
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize(
     ("exit_layer", "num_speculative_tokens"), [(2, 3), (4, 5), (NUM_LAYERS, 3)]
 )
-@pytest.mark.feature("Speculative settings", "`reuse_exit_states`", runners=("v1",))
+@pytest.mark.feature("Speculative settings", "`reuse_exit_states`")
 def test_tokens_equal_plain_when_requests_join_and_leave(
-    engines, checkpoint, exit_layer, num_speculative_tokens, is_async
+    runner, checkpoint, exit_layer, num_speculative_tokens, is_async
 ):
     """With E = L a verification's outputs are nothing but exit states, and the norm."""
     speculative = layerskip(exit_layer, num_speculative_tokens, reuse_exit_states="on")
     scenario = Scenario(str(checkpoint()), REQUESTS, speculative, ENGINE, is_async)
-    reused = assert_reused(engines, scenario, num_verifications=8)
+    reused = assert_reused(runner, scenario, num_verifications=8)
     assert any(step.num_drafts and step.num_mid_prompt for step in reused.steps)
     if exit_layer < NUM_LAYERS:
         assert_some_accepted_some_refused(reused)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("enable_prefix_caching", [False, True])
 def test_tokens_equal_plain_when_requests_are_preempted_and_resume(
-    engines, checkpoint, enable_prefix_caching
+    runner, checkpoint, enable_prefix_caching
 ):
     requests = tuple(Request(tokens(26, seed), {"max_tokens": 12}) for seed in range(3))
     engine = {
@@ -74,11 +76,11 @@ def test_tokens_equal_plain_when_requests_are_preempted_and_resume(
     }
     speculative = layerskip(2, 3, reuse_exit_states="on")
     scenario = Scenario(str(checkpoint()), requests, speculative, engine)
-    assert assert_reused(engines, scenario, num_verifications=4).num_preemptions > 0
+    assert assert_reused(runner, scenario, num_verifications=4).num_preemptions > 0
 
 
 @pytest.mark.parametrize("architecture", ["llama-tied", "gemma2", "phi3", "qwen3-moe"])
-def test_tokens_equal_plain_when_the_model_is(engines, checkpoint, architecture):
+def test_tokens_equal_plain_when_the_model_is(runner, checkpoint, architecture):
     """Of other layers, of two KV cache groups, of experts."""
     requests = tuple(
         Request(tokens(length), {"max_tokens": 14}, joins_at=order)
@@ -86,17 +88,14 @@ def test_tokens_equal_plain_when_the_model_is(engines, checkpoint, architecture)
     )
     speculative = layerskip(4, 3, reuse_exit_states="on")
     scenario = Scenario(str(checkpoint(architecture)), requests, speculative)
-    assert_reused(engines, scenario, num_verifications=4)
+    assert_reused(runner, scenario, num_verifications=4)
 
 
-def test_states_are_not_used_when_weights_change_between_draft_and_verification(
-    engines, checkpoint
-):
+def test_states_are_not_used_when_weights_change_between_draft_and_verification(runner, checkpoint):
     requests = (Request(tokens(15), {"max_tokens": 16}), Request(tokens(40), {"max_tokens": 16}))
     other = str(checkpoint(seed=1))
     found = [
-        engines.run(
-            "v1",
+        runner.run(
             "tests.support.reuse_job:serve_with_reload_after_a_draft",
             Scenario(str(checkpoint()), requests, layerskip(4, 3, reuse_exit_states=reuse)),
             other,

@@ -120,9 +120,3 @@ def test_systems_of_each_study_are_known(name, monkeypatch, capsys):
     assert parse_options([*STUDIES[name][1], "--systems", *systems]).systems == systems
     assert "suffix" not in systems
     assert ("suffix is left out" in capsys.readouterr().out) == (name == "code")
-
-
-def test_reused_exit_states_are_left_out_on_a_gpu(monkeypatch):
-    assert "layerskip+reuse" in choose_systems("code")
-    monkeypatch.setattr(bench, "list_gpu_names", lambda: ["a GPU"])
-    assert not any("reuse" in system for name in STUDIES for system in choose_systems(name))

@@ -48,7 +48,7 @@ def test_one_graph_is_replayed_for_each_step_when_k_is_any(
         _build_uniform_attn_metadata=lambda *a, **k: done.append("build"),
     )
     graphs: Any = SimpleNamespace(run_fullgraph=lambda d: done.append("replay"))
-    OneTokenSteps._run_steps(
+    OneTokenSteps.run_steps(
         drafter,
         lambda *a: done.append("eager"),
         graphs,

@@ -96,11 +96,3 @@ def test_model_is_refused_when_it_runs_through_transformers(configure: Any) -> N
     config = configure(speculative_config={"method": "layerskip", "reuse_exit_states": "auto"})
     with pytest.raises(ValueError, match="reuse_exit_states is 'auto', but LlamaModel runs throug"):
         make_stage(inner, range(1), config, FIRST_RANK)
-
-
-def test_engine_is_refused_when_its_runner_is_v2(configure: Any) -> None:
-    from layerskip_vllm.drafting.speculator import LayerSkipSpeculator
-
-    config = configure(speculative_config={"method": "layerskip", "reuse_exit_states": "auto"})
-    with pytest.raises(ValueError, match="reuse_exit_states is 'auto', but Model Runner V2 has no"):
-        LayerSkipSpeculator(config, torch.device("cpu"), SimpleNamespace())  # type: ignore[arg-type]

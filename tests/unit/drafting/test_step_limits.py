@@ -100,6 +100,7 @@ def test_idle_rank_drafts_for_no_more_requests_than_the_busiest_has(
         lora=None,
         lora_ids=(),
         lookup=None,
+        verifier=None,
         draft_tokens=torch.zeros(8, K),
         graphs=None,
         dp_size=2,
@@ -107,7 +108,7 @@ def test_idle_rank_drafts_for_no_more_requests_than_the_busiest_has(
         max_num_tokens=64,
         _copy_request_inputs=lambda n, *a, **k: record("copied", n),
         _draft_one=None,
-        _run_steps=lambda _, graphs, n, desc, across, *a: num_reqs.update(
+        run_steps=lambda _, graphs, n, desc, across, *a: num_reqs.update(
             drafted=n, across=int(across.max())
         ),
     )
