@@ -36,14 +36,14 @@ class _Page:
     def add_row(self, height: float, left: float, num_axes: int = 1) -> list[Axes]:
         """Add axes side by side, of a height, below those that are there."""
         self._top += _GAP / 2
-        width = (_WIDTH - left - 0.35) / num_axes
+        width = (_WIDTH - left - 0.2) / num_axes
         bottom = 1 - (self._top + height) / self._height
         row = [
             self.figure.add_axes(
                 (
                     (left + number * width) / _WIDTH,
                     bottom,
-                    (width - 0.25) / _WIDTH,
+                    (width - 0.4) / _WIDTH,
                     height / self._height,
                 )
             )
@@ -133,7 +133,7 @@ def _draw_trials(row: list[Axes], report: TuneReport) -> None:
     outcome = report.tuning.outcome
     names = [trial.design.describe() for trial in outcome.trials]
     if outcome.auto is not None:
-        names.append(f"{outcome.best.design.describe()}, K auto")
+        names.append("the fastest, with K auto")
     fastest = len(names) - 1 if outcome.is_auto else outcome.trials.index(outcome.best)
     for axes, size in zip(row, outcome.speedups, strict=True):
         axes.axhspan(fastest - 0.5, fastest + 0.5, color=TRACK, zorder=0)
@@ -149,7 +149,7 @@ def _draw_trials(row: list[Axes], report: TuneReport) -> None:
         if outcome.auto is not None:
             axes.plot(outcome.auto[size], len(names) - 1, "o", color=LAYERSKIP, zorder=4)
             _write_beside(axes, outcome.auto[size], len(names) - 1, f"{outcome.auto[size]:.2f}")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=3, steps=[1, 2, 5, 10]))
         left, right = axes.get_xlim()
         axes.set_xlim(left, right + 0.6 * (right - left))  # room for the words
         _label_rows(axes, names if axes is row[0] else [""] * len(names))

@@ -88,7 +88,7 @@ def test_picture_has_a_row_for_each_trial(tmp_path: Path, auto: dict[int, float]
     speeds, kinds, *tried = figure.axes
     assert len(tried) == len(SIZES)
     assert [label.get_text() for label in kinds.get_yticklabels()] == ["lookup", "the exit alone"]
-    names = ["E = 2", "E = 2, lookup", *(["E = 2, lookup, K auto"] if auto else [])]
+    names = ["E = 2", "E = 2, lookup", *(["the fastest, with K auto"] if auto else [])]
     assert [label.get_text() for label in tried[0].get_yticklabels()] == names
     assert len(speeds.texts) == 1 + 7 * 8  # the hint, and a number for each E and K
     draw_tuning(tmp_path / "tune.png", make_report(auto=auto))
