@@ -49,5 +49,6 @@ def test_tokens_equal_plain_when_drafts_are_trimmed(engines, checkpoint, tmp_pat
     (plain,) = engines.serve("v2", scenario.plain())
     assert_same_outputs(plain, drafted)
     assert drafted.num_accepted > 0
-    assert any(0 < verified < scheduled for scheduled, verified in budgets), budgets
+    num_trimmed = sum(0 < verified < scheduled for scheduled, verified in budgets)
+    assert num_trimmed > len(budgets) / 2, budgets
     assert difference == 0
