@@ -38,7 +38,7 @@ LENGTHS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
-class Measurement:
+class FullBatch:
     """What a full batch did: tokens a second, and what was drafted and accepted."""
 
     tokens_per_s: float
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with run_engines(all_args, LOG_FOLDER) as (plain, drafting):
         model = options.model or options.preset
         console.print(f"{describe_hardware()}; {model}, {options.dtype}", soft_wrap=True)
-        results: dict[int, dict[str, list[Measurement]]] = {}
+        results: dict[int, dict[str, list[FullBatch]]] = {}
         for load in find_loads(options):
             prompts = draw_prompts(options, checkpoint, load)
             results[load.batch_size] = time_batch(plain, drafting, prompts, options)
@@ -72,10 +72,10 @@ def time_batch(
     drafting: Engine,
     prompts: Sequence[list[int]],
     options: argparse.Namespace,
-) -> dict[str, list[Measurement]]:
+) -> dict[str, list[FullBatch]]:
     """Run the rounds of a batch size; the first of them, in which "auto" learns, is not counted."""
     names = [PLAIN, *map(str, LENGTHS), AUTO]
-    rounds: dict[str, list[Measurement]] = {name: [] for name in names}
+    rounds: dict[str, list[FullBatch]] = {name: [] for name in names}
     batch_size = len(prompts) // (options.repeats + 1)
     for repeat in range(options.repeats + 1):
         batch = list(prompts[repeat * batch_size : (repeat + 1) * batch_size])
@@ -89,7 +89,7 @@ def time_batch(
     return rounds
 
 
-def run_length(prompts: list[list[int]], max_tokens: int, length: int | None) -> Measurement:
+def run_length(prompts: list[list[int]], max_tokens: int, length: int | None) -> FullBatch:
     """Decode a batch in the engine's process until the first request ends.
 
     Args:
@@ -128,15 +128,15 @@ def run_length(prompts: list[list[int]], max_tokens: int, length: int | None) ->
             marks.append((time.perf_counter(), total, SpecDecodeCounters.read_own()))
     engine.abort_request(list(num_tokens))
     (start_s, before, first), *_, (end_s, after, last) = marks
-    return Measurement((after - before) / (end_s - start_s), last - first)
+    return FullBatch((after - before) / (end_s - start_s), last - first)
 
 
-def to_rates(rounds: Mapping[str, Sequence[Measurement]]) -> dict[str, list[float]]:
+def to_rates(rounds: Mapping[str, Sequence[FullBatch]]) -> dict[str, list[float]]:
     """Return the tokens a second of each round, by what decoded."""
     return {name: [each.tokens_per_s for each in lines] for name, lines in rounds.items()}
 
 
-def make_table(results: Mapping[int, Mapping[str, Sequence[Measurement]]]) -> Table:
+def make_table(results: Mapping[int, Mapping[str, Sequence[FullBatch]]]) -> Table:
     """Return the table: medians of the ratios to plain's and the best fixed K's round of a turn."""
     headings = ("batch", "plain tokens/s", *(f"K = {k}" for k in LENGTHS), AUTO, "of best K")
     table = Table(*headings, "drafts", "accepted", title="times plain, by number of drafts")

@@ -28,7 +28,7 @@ MIN_NUM_REUSED = 24
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SpeedComparison:
     """One speed, measured and predicted.
 
     Attributes:
@@ -98,7 +98,7 @@ def fit_cpu(study: Mapping[str, Any]) -> tuple[Device, Mapping[str, Any]]:
     return device, config
 
 
-def compare_study(study: Mapping[str, Any]) -> list[Comparison]:
+def compare_study(study: Mapping[str, Any]) -> list[SpeedComparison]:
     """Predict each line of a study from its plain lines, and from how much was drafted.
 
     Args:
@@ -129,7 +129,7 @@ def compare_study(study: Mapping[str, Any]) -> list[Comparison]:
         plain_s = decoded / load["batch_size"] * model.target_s(load["batch_size"], context)
         is_plain = system == "plain"
         comparisons.append(
-            Comparison(
+            SpeedComparison(
                 f"{system}, batch {load['batch_size']}",
                 line["tokens_per_s"],
                 decoded / seconds,
@@ -218,14 +218,14 @@ _EAGLE_TPOT_MS = {1: 3.36, 2: 3.37, 4: 3.32, 8: 3.32, 16: 3.53, 32: 4.11, 64: 6.
 _EAGLE_NUM_DRAFTS = 3
 
 
-def compare_plain() -> Iterator[Comparison]:
+def compare_plain() -> Iterator[SpeedComparison]:
     """Predict published speeds of plain decoding on GPUs."""
     for what, config, device, num_ranks, batch_size, context, measured, is_fitted in _PLAIN:
         step_s = StepModel(config, device, num_ranks).target_s(batch_size, context)
-        yield Comparison(what, measured, batch_size / step_s, is_fitted)
+        yield SpeedComparison(what, measured, batch_size / step_s, is_fitted)
 
 
-def compare_paper() -> Iterator[Comparison]:
+def compare_paper() -> Iterator[SpeedComparison]:
     """Predict the paper's self-speculation from its plain decoding.
 
     Its loop launches each kernel from Python, so that a layer's launches cost more than its
@@ -240,12 +240,12 @@ def compare_paper() -> Iterator[Comparison]:
         round_s = StepModel(config, eager).round_s(1, 500, drafting, num_drafts)
         what = f"{task}, E = {exit_layer}, K = {num_drafts}"
         predicted = (accepted * num_drafts + 1) / round_s
-        yield Comparison(
+        yield SpeedComparison(
             what, measured, predicted, gain=measured / plain, predicted_gain=predicted / plain
         )
 
 
-def compare_batches() -> Iterator[Comparison]:
+def compare_batches() -> Iterator[SpeedComparison]:
     """Predict a published drafter's speed by batch from its speed with one request.
 
     What is accepted is the same then, so that it is a round's growth alone that is predicted. The
@@ -255,7 +255,7 @@ def compare_batches() -> Iterator[Comparison]:
     alone = model.round_s(1, 150, drafting, _EAGLE_NUM_DRAFTS)
     for batch_size, tpot_ms in _EAGLE_TPOT_MS.items():
         growth = model.round_s(batch_size, 150, drafting, _EAGLE_NUM_DRAFTS) / alone
-        yield Comparison(
+        yield SpeedComparison(
             f"Llama 3 8B with EAGLE-1, H200, batch {batch_size}",
             1000 * batch_size / tpot_ms,
             1000 * batch_size / (_EAGLE_TPOT_MS[1] * growth),

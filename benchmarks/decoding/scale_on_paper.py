@@ -25,7 +25,7 @@ from benchmarks.decoding.devices_and_models import (
     LLAMA_3_2_1B,
 )
 from benchmarks.decoding.measured_speeds import (
-    Comparison,
+    SpeedComparison,
     compare_batches,
     compare_paper,
     compare_plain,
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     make_scale_figure(comparisons, CASES, CONTEXTS).savefig(options.picture)
 
 
-def write_comparisons(comparisons: Mapping[str, Sequence[Comparison]]) -> Iterator[str]:
+def write_comparisons(comparisons: Mapping[str, Sequence[SpeedComparison]]) -> Iterator[str]:
     """Yield what was measured beside what the model says, as Markdown."""
     headings = ("", "tokens/s", "predicted", "error", "times plain", "predicted")
     for title, rows in comparisons.items():

@@ -14,7 +14,7 @@ from benchmarks.decoding.devices_and_models import FLOP_SHARE, FLOP_SHARES
 from layerskip_vllm.tools.chart_style import INK, LAYERSKIP, MUTED, PLAIN, TRACK, style_axes
 
 if TYPE_CHECKING:
-    from benchmarks.decoding.measured_speeds import Comparison
+    from benchmarks.decoding.measured_speeds import SpeedComparison
     from benchmarks.decoding.scale_on_paper import Case
 
 _GROUP_COLORS = (LAYERSKIP, "#2563eb", "#7c3aed", "#d97706")
@@ -23,7 +23,9 @@ _FAR = 0.15  # errors from here on are named
 
 
 def make_scale_figure(
-    comparisons: Mapping[str, Sequence[Comparison]], cases: Sequence[Case], contexts: Sequence[int]
+    comparisons: Mapping[str, Sequence[SpeedComparison]],
+    cases: Sequence[Case],
+    contexts: Sequence[int],
 ) -> Figure:
     """Return the picture.
 
@@ -52,7 +54,7 @@ def _add_legend(figure: SubFigure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
 
 
-def _draw_errors(axes: Axes, comparisons: Mapping[str, Sequence[Comparison]]) -> None:
+def _draw_errors(axes: Axes, comparisons: Mapping[str, Sequence[SpeedComparison]]) -> None:
     axes.axhspan(-0.1, 0.1, color=TRACK, zorder=0)
     axes.axhline(0, color=PLAIN, linewidth=1, zorder=0)
     fastest = max(row.measured for rows in comparisons.values() for row in rows)

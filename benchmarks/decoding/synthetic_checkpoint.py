@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.decoding.synthetic_calibration import calibrate
-from benchmarks.decoding.synthetic_model import build_model, lean_head, make_config
+from benchmarks.decoding.synthetic_model import build_synthetic_model, lean_head, make_config
 from benchmarks.decoding.synthetic_spec import PRESETS, SyntheticSpec
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def make_checkpoint(spec: SyntheticSpec, root: Path = DEFAULT_FOLDER) -> Synthet
         import torch
 
         with torch.inference_mode():
-            model = build_model(spec)
+            model = build_synthetic_model(spec)
             lean_head(model, spec)
             report = calibrate(model, spec)
             unfinished = folder.with_suffix(f".unfinished-{os.getpid()}")

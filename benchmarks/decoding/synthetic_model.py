@@ -21,7 +21,7 @@ MAX_POSITIONS = 32768
 DRAFT_MARGIN = 3.0
 
 
-def build_model(spec: SyntheticSpec) -> Any:
+def build_synthetic_model(spec: SyntheticSpec) -> Any:
     """Return a random model in bfloat16, on the GPU if there is one.
 
     Every projection keeps the size of what it gets, as far as it can: a block adds about 0.6 to

@@ -26,8 +26,8 @@ from layerskip_vllm.tools.tune.designs import (
     list_designs,
     make_settings,
 )
-from layerskip_vllm.tools.tune.engines import start_engine
-from layerskip_vllm.tools.tune.preparation import NUM_PROMPTS, cut_prompts
+from layerskip_vllm.tools.tune.engines import open_engine
+from layerskip_vllm.tools.tune.preparation import NUM_PROMPTS, cut_trial_prompts
 from layerskip_vllm.tools.tune.trials import NUM_TURNS, Trial, run_turns
 from layerskip_vllm.tools.tune.tuning import LONGEST_DRAFT
 
@@ -46,15 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    options = parse_options(arguments)
+    options = parse_sweep_options(arguments)
     tuned = json.loads(options.tuned.read_text(encoding="utf-8"))
     batch_sizes = [int(size) for size in tuned["speedup_by_batch_size"]]
     tokenizer = AutoTokenizer.from_pretrained(tuned["model"])
     text = encode_documents(tokenizer, read_documents(tuned["data"]))
-    prompts = cut_prompts(text, max(NUM_PROMPTS, *batch_sizes))
+    prompts = cut_trial_prompts(text, max(NUM_PROMPTS, *batch_sizes))
     console = make_console()
     with (
-        start_engine("plain", tuned["engine_args"], FOLDER) as plain,
+        open_engine("plain", tuned["engine_args"], FOLDER) as plain,
         make_progress(console) as progress,
     ):
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             advance: Callable[[int], None],
         ) -> dict[tuple[int, Any], float]:
             engine_args = {**tuned["engine_args"], "speculative_config": settings}
-            with start_engine("swept", engine_args, FOLDER) as engine:
+            with open_engine("swept", engine_args, FOLDER) as engine:
                 loads = dict.fromkeys(batch_sizes, lengths)
                 return run_turns(plain, engine, prompts, loads, options.max_tokens, advance)
 
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name, settings in finalists.items():
                 finals[name].append(geometric_mean(measure(settings, [None], advance).values()))
     scores = {name: geometric_mean(rounds) for name, rounds in finals.items()}
-    console.print(make_table(trials, batch_sizes))
+    console.print(make_sweep_table(trials, batch_sizes))
     for name, score in scores.items():
         ratio = scores[TUNED] / score
         console.print(f"{score:.3f} times plain: {name} ({ratio:.3f})", soft_wrap=True)
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_sweep_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line.
 
     Args:
@@ -144,7 +144,7 @@ def sweep(
     return sorted(trials, key=lambda trial: -trial.score)
 
 
-def make_table(trials: Sequence[Trial], batch_sizes: Sequence[int]) -> Table:
+def make_sweep_table(trials: Sequence[Trial], batch_sizes: Sequence[int]) -> Table:
     """Lay the sweep out, the best first.
 
     Args:

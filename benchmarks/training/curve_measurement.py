@@ -46,7 +46,7 @@ def answer_prompts(
 
 
 @torch.no_grad()
-def measure_drafts(
+def measure_chains(
     learner: Learner, head: Any, exit_layer: int, completions: Completions
 ) -> Drafts:
     """Measure an exit's drafts; `head` makes logits of what it drafts from."""

@@ -33,7 +33,7 @@ from benchmarks.training.curve_learners import (
 from benchmarks.training.curve_measurement import (
     Completions,
     answer_prompts,
-    measure_drafts,
+    measure_chains,
     measure_last_loss,
 )
 from benchmarks.training.curve_targets import TargetFile
@@ -111,7 +111,7 @@ def main() -> None:
                 "exit_layer": exit_layer,
                 "last_loss": last_loss,
                 "drafts": {
-                    kind: asdict(measure_drafts(learner, model.lm_head, exit_layer, completions))
+                    kind: asdict(measure_chains(learner, model.lm_head, exit_layer, completions))
                     for kind, completions in answered.items()
                 },
             }

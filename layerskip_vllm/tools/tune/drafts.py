@@ -104,13 +104,13 @@ def measure_drafts(
             for by_exit in choices == said
         ],
         copies=[
-            find_copies(prompt, completion, longest_draft)
+            find_copied_lengths(prompt, completion, longest_draft)
             for prompt, completion in zip(prompts, completions, strict=True)
         ],
     )
 
 
-def find_copies(prompt: list[int], completion: list[int], longest_draft: int) -> list[int]:
+def find_copied_lengths(prompt: list[int], completion: list[int], longest_draft: int) -> list[int]:
     """Count how many tokens a copy has right at each place of a completion; -1 without a copy."""
     text = np.array(prompt + completion, dtype=np.int32)
     counts = []

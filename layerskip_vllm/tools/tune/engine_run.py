@@ -33,7 +33,7 @@ class TunedEngine:
     least_reused: int  # drafts of a step in which `reuse_exit_states` "auto" reuses them
 
 
-def start_engine(engine: Mapping[str, Any]) -> TunedEngine:
+def load_engine(engine: Mapping[str, Any]) -> TunedEngine:
     """Start the engine, and keep it."""
     global _llm
     from vllm import LLM
@@ -47,7 +47,7 @@ def start_engine(engine: Mapping[str, Any]) -> TunedEngine:
     )
 
 
-def time_steps(prompts: Sequence[list[int]], num_drafts: int | None, seconds: float) -> float:
+def time_decoding(prompts: Sequence[list[int]], num_drafts: int | None, seconds: float) -> float:
     """Return what a step takes that decodes for all prompts, the median of about so many seconds.
 
     Each drafts `num_drafts` tokens; None in an engine that does not draft.

@@ -19,20 +19,20 @@ from layerskip_vllm.tools.tune.engine_run import TunedEngine
 _JOBS = "layerskip_vllm.tools.tune.engine_run"
 
 
-class Engine:
+class TimedEngine:
     """An engine in a process of its own."""
 
     def __init__(self, process: EngineProcess, engine: Mapping[str, Any]) -> None:
         """Start it; a ValueError says that it failed, with the end of its log."""
         self._process = process
         arguments = {"gpu_memory_utilization": SHARE_OF_MEMORY, **engine}
-        self.about: TunedEngine = self._call("start_engine", arguments)
+        self.about: TunedEngine = self._call("load_engine", arguments)
 
     def time_steps(
         self, prompts: Sequence[list[int]], num_drafts: int | None, seconds: float
     ) -> float:
         """Return what a step takes that decodes for all prompts, in seconds."""
-        step_s: float = self._call("time_steps", prompts, num_drafts, seconds)
+        step_s: float = self._call("time_decoding", prompts, num_drafts, seconds)
         return step_s
 
     def decode(
@@ -50,8 +50,8 @@ class Engine:
 
 
 @contextlib.contextmanager
-def start_engine(name: str, engine: Mapping[str, Any], folder: Path) -> Iterator[Engine]:
+def open_engine(name: str, engine: Mapping[str, Any], folder: Path) -> Iterator[TimedEngine]:
     """Start an engine, its log in `folder`, and end it whatever happens."""
     variables = list_engine_variables()
     with make_engine_process(name, folder, engine["dtype"], **variables) as process:
-        yield Engine(process, engine)
+        yield TimedEngine(process, engine)

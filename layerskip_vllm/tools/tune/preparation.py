@@ -41,7 +41,7 @@ def prepare_tuner(
     text_config = model.config.get_text_config()
     context = _check_model(text_config)
     text = encode_documents(tokenizer, documents)
-    prompts = cut_prompts(text, max(NUM_PROMPTS, *config.batch_sizes))
+    prompts = cut_trial_prompts(text, max(NUM_PROMPTS, *config.batch_sizes))
     vocabs = _list_draft_tokens(config, text, prompts, text_config.vocab_size)
     record = measure_drafts(
         model,
@@ -78,7 +78,7 @@ def prepare_tuner(
     )
 
 
-def cut_prompts(text: HeldOutText, num_prompts: int) -> list[list[int]]:
+def cut_trial_prompts(text: HeldOutText, num_prompts: int) -> list[list[int]]:
     """Cut prompts of one length; a ValueError says that the text is too short."""
     num_tokens, least = len(text.token_ids), num_prompts * NUM_PROMPT_TOKENS
     if num_tokens < least:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from layerskip_vllm.tools.tune.designs import Design, Speedups, geometric_mean
-from layerskip_vllm.tools.tune.engines import Engine
+from layerskip_vllm.tools.tune.engines import TimedEngine
 
 NUM_TURNS = 3
 MAX_TRIALS = 6
@@ -59,7 +59,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialOutcome:
     """All trials, and the one with K "auto" where one K was not best in all batch sizes."""
 
     trials: Sequence[Trial]
@@ -114,8 +114,8 @@ def plan_trials(plain: Mapping[int, float], start_s: float, seconds: float) -> T
 
 
 def run_turns(
-    plain: Engine,
-    engine: Engine,
+    plain: TimedEngine,
+    engine: TimedEngine,
     prompts: Sequence[list[int]],
     lengths: Mapping[int, Sequence[Length]],
     max_tokens: int,

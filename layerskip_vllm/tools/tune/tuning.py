@@ -23,9 +23,9 @@ from layerskip_vllm.tools.tune.designs import (
 )
 from layerskip_vllm.tools.tune.drafts import DraftRecord
 from layerskip_vllm.tools.tune.engine_run import TunedEngine
-from layerskip_vllm.tools.tune.engines import Engine, start_engine
+from layerskip_vllm.tools.tune.engines import TimedEngine, open_engine
 from layerskip_vllm.tools.tune.step_costs import Load, StepCosts
-from layerskip_vllm.tools.tune.trials import NUM_TURNS, Outcome, Trial, plan_trials, run_turns
+from layerskip_vllm.tools.tune.trials import NUM_TURNS, Trial, TrialOutcome, plan_trials, run_turns
 
 LONGEST_DRAFT = 8
 _TIMED_S = 0.3  # for the steps of each batch size and K
@@ -40,7 +40,7 @@ class Tuning:
     facts: EngineFacts  # of plain vLLM's engine
     costs: StepCosts
     predictions: Sequence[Speedups]
-    outcome: Outcome
+    outcome: TrialOutcome
     settings: Mapping[str, Any]  # what vLLM's `speculative_config` takes, of what is fastest
 
 
@@ -86,7 +86,7 @@ class Tuner:
             plain.about.facts, costs, predictions, outcome, {**settings, **self.speculative}
         )
 
-    def _time_all(self, plain: Engine) -> tuple[StepCosts, TunedEngine]:
+    def _time_all(self, plain: TimedEngine) -> tuple[StepCosts, TunedEngine]:
         """Time steps of plain vLLM and of two exit layers: the others lie on a line with these."""
         exit_layers = choose_timed_exits(self.record)
         lengths = range(LONGEST_DRAFT + 1)
@@ -119,7 +119,7 @@ class Tuner:
             if (is_cpu or not design.reuses) and (is_cpu or runner == "V2" or not design.looks_up)
         ] or list(self.designs)
 
-    def _try(self, plain: Engine, chosen: Sequence[Speedups], max_tokens: int) -> Outcome:
+    def _try(self, plain: TimedEngine, chosen: Sequence[Speedups], max_tokens: int) -> TrialOutcome:
         advance = self.track("trials", len(chosen) * len(self.batch_sizes) * NUM_TURNS)
         trials = []
         for number, predicted in enumerate(chosen, start=1):
@@ -129,9 +129,9 @@ class Tuner:
             with self._start(f"trial-{number}", settings) as engine:
                 measured = run_turns(plain, engine, self.prompts, lengths, max_tokens, advance)
             trials.append(Trial(predicted, Speedups(predicted.design, measured)))
-        return Outcome(trials, None)
+        return TrialOutcome(trials, None)
 
-    def _try_auto(self, plain: Engine, best: Trial, max_tokens: int) -> dict[int, float]:
+    def _try_auto(self, plain: TimedEngine, best: Trial, max_tokens: int) -> dict[int, float]:
         advance = self.track("K auto", len(self.batch_sizes) * NUM_TURNS)
         settings = make_settings(best.design, best.lengths, is_auto=True)
         lengths = {batch_size: [None] for batch_size in self.batch_sizes}
@@ -141,12 +141,12 @@ class Tuner:
 
     def _start(
         self, name: str, settings: Mapping[str, Any] | None
-    ) -> AbstractContextManager[Engine]:
+    ) -> AbstractContextManager[TimedEngine]:
         if settings is None:
-            return start_engine(name, self.engine, self.folder)
+            return open_engine(name, self.engine, self.folder)
         speculative = {**settings, **self.speculative}
         engine = {**self.engine, "speculative_config": speculative}
-        return start_engine(name, engine, self.folder)
+        return open_engine(name, engine, self.folder)
 
 
 def choose_timed_exits(record: DraftRecord) -> list[int]:

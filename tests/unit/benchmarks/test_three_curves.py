@@ -21,7 +21,7 @@ from benchmarks.training.curve_learners import (
     Learner,
     RecipeLearner,
 )
-from benchmarks.training.curve_measurement import answer_prompts, measure_drafts
+from benchmarks.training.curve_measurement import answer_prompts, measure_chains
 from benchmarks.training.curve_targets import TargetFile, TopTokens, head_loss
 from benchmarks.training.curve_training import Curve, StopRequest, train_curve
 from benchmarks.training.draft_lora import LORA_SCALE, DraftLora, LowRank, run_prefix
@@ -113,7 +113,7 @@ def test_accepted_equals_a_loop_that_drafts_when_greedy(tmp_path: Path, size: fl
     model = learner._model
     completions = answer_prompts(model, PROMPTS, 24, NO_EOS)
 
-    drafts = measure_drafts(learner, model.lm_head, EXIT_LAYER, completions)
+    drafts = measure_chains(learner, model.lm_head, EXIT_LAYER, completions)
 
     expected = [
         count
@@ -132,7 +132,7 @@ def test_accepted_of_an_adapter_equals_the_loop_when_it_is_untrained(tmp_path: P
     completions = answer_prompts(model, PROMPTS, 24, NO_EOS)
 
     results = [
-        measure_drafts(each, model.lm_head, EXIT_LAYER, completions) for each in (adapter, lora)
+        measure_chains(each, model.lm_head, EXIT_LAYER, completions) for each in (adapter, lora)
     ]
 
     assert results[0] == results[1]
@@ -236,7 +236,7 @@ def train(kind: str, folder: Path, num_tokens: int, stop_at: int | None = None) 
         completions = answer_prompts(model, PROMPTS, 8, NO_EOS)
         states = learner.draft_states(rows, EXIT_LAYER)
         num = sum(state.detach().sum().item() for state in states)
-        drafts = measure_drafts(learner, model.lm_head, EXIT_LAYER, completions)
+        drafts = measure_chains(learner, model.lm_head, EXIT_LAYER, completions)
         return [{"accepted": drafts.accepted, "sum": num}]
 
     train_curve(curve, rows, ROWS_PER_STEP, num_tokens, measure, stop)

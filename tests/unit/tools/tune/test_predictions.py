@@ -18,7 +18,7 @@ from layerskip_vllm.tools.tune.designs import (
 from layerskip_vllm.tools.tune.drafts import (
     DraftRecord,
     PlayedDrafts,
-    find_copies,
+    find_copied_lengths,
     play_all,
 )
 from layerskip_vllm.tools.tune.step_costs import StepCosts
@@ -93,8 +93,8 @@ def test_copies_are_found_where_five_tokens_stood_before() -> None:
     prompt = [1, 2, 3, 4, 5, 6, 7, 9, 9]
     completion = [1, 2, 3, 4, 5, 6, 8, 9]
     # After 1 2 3 4 5 a copy has 6 right, after 1 .. 6 none: 7 for 8.
-    assert find_copies(prompt, completion, 2) == [-1, -1, -1, -1, -1, 1, 0, -1]
-    assert find_copies(prompt, [1, 2, 3, 4, 5, 6, 7, 9], 3)[5:] == [3, 2, 1]
+    assert find_copied_lengths(prompt, completion, 2) == [-1, -1, -1, -1, -1, 1, 0, -1]
+    assert find_copied_lengths(prompt, [1, 2, 3, 4, 5, 6, 7, 9], 3)[5:] == [3, 2, 1]
 
 
 def test_speedup_is_tokens_by_time_when_worked_by_hand() -> None:

@@ -8,8 +8,8 @@ from typing import Any, cast
 import pytest
 
 from layerskip_vllm.tools.tune.designs import Design, Speedups
-from layerskip_vllm.tools.tune.engines import Engine
-from layerskip_vllm.tools.tune.trials import NUM_TURNS, Outcome, Trial, plan_trials, run_turns
+from layerskip_vllm.tools.tune.engines import TimedEngine
+from layerskip_vllm.tools.tune.trials import NUM_TURNS, Trial, TrialOutcome, plan_trials, run_turns
 
 PROMPTS = [[1], [2], [3]]
 
@@ -29,7 +29,9 @@ class CountingEngine:
 def turn(
     plain: CountingEngine, engine: CountingEngine, lengths: dict[int, Sequence[int]], **given: Any
 ) -> dict[tuple[int, int], float]:
-    return run_turns(cast(Engine, plain), cast(Engine, engine), PROMPTS, lengths, 64, **given)
+    return run_turns(
+        cast(TimedEngine, plain), cast(TimedEngine, engine), PROMPTS, lengths, 64, **given
+    )
 
 
 def test_speedup_is_the_median_of_turns_when_the_machine_has_moods() -> None:
@@ -86,7 +88,7 @@ def test_trial_has_one_length_when_that_is_as_good_as_the_best_of_each_batch() -
 
 
 def test_outcome_is_the_fastest_trial() -> None:
-    outcome = Outcome([ONE_FOR_ALL, BY_LOAD], None)
+    outcome = TrialOutcome([ONE_FOR_ALL, BY_LOAD], None)
     assert outcome.best is BY_LOAD
     assert outcome.speedups == {1: 2.0, 4: 1.2}
     assert not outcome.is_auto
@@ -95,11 +97,11 @@ def test_outcome_is_the_fastest_trial() -> None:
 
 def test_length_is_left_to_the_engine_when_that_is_about_as_fast() -> None:
     trials = [ONE_FOR_ALL, BY_LOAD]
-    assert Outcome(trials, {1: 1.99, 4: 1.19}).is_auto
-    slow = Outcome(trials, {1: 1.9, 4: 1.1})
+    assert TrialOutcome(trials, {1: 1.99, 4: 1.19}).is_auto
+    slow = TrialOutcome(trials, {1: 1.9, 4: 1.1})
     assert not slow.is_auto
     assert slow.speedups == BY_LOAD.speedups
 
 
 def test_nothing_pays_when_the_mean_is_slower_than_plain() -> None:
-    assert not Outcome([make_trial(2, {(1, 1): 1.2, (4, 1): 0.8})], None).pays
+    assert not TrialOutcome([make_trial(2, {(1, 1): 1.2, (4, 1): 0.8})], None).pays

@@ -13,7 +13,7 @@ from layerskip_vllm.tools.tune.designs import Design, Speedups
 from layerskip_vllm.tools.tune.drafts import DraftRecord
 from layerskip_vllm.tools.tune.picture import draw_tuning, make_tuning_figure
 from layerskip_vllm.tools.tune.step_costs import StepCosts
-from layerskip_vllm.tools.tune.trials import Outcome, Trial
+from layerskip_vllm.tools.tune.trials import Trial, TrialOutcome
 from layerskip_vllm.tools.tune.tune_report import TuneReport
 from layerskip_vllm.tools.tune.tuning import Tuning
 
@@ -38,7 +38,7 @@ def make_report(scale: float = 1.0, auto: dict[int, float] | None = None) -> Tun
         Trial(predict(design), Speedups(design, {(b, 4): scale * speed for b in SIZES}))
         for design, speed in ((Design(2), 1.4), (Design(2, looks_up=True), 1.5))
     ]
-    outcome = Outcome(trials, auto)
+    outcome = TrialOutcome(trials, auto)
     costs = StepCosts(NUM_LAYERS, 1.5, {1: 4e-3, 4: 6e-3}, {(1, 0): 4e-3, (4, 0): 6e-3}, {1: 4e-4})
     runs = [[[[3, 2, 1, 0, 2, 1, 0, 0, 3, 2, 1]]] * (NUM_LAYERS - 1)]
     record = DraftRecord(NUM_LAYERS, 1.5, runs, [[-1] * 11])
