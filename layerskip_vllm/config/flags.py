@@ -10,8 +10,6 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from layerskip_vllm.checkpoint.entry import check_positive_int
-
 if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig
     from vllm.engine.arg_utils import EngineArgs
@@ -118,6 +116,8 @@ def check_length(num_speculative_tokens: Any) -> None:
                 f"'{AUTO}', or '{AUTO}:8', whose 8 is the most that a step drafts."
             )
     else:
+        from layerskip_vllm.checkpoint.entry import check_positive_int
+
         check_positive_int("num_speculative_tokens", number)
 
 

@@ -47,7 +47,7 @@ def test_tokens_equal_plain_when_it_stands_beside(runner, checkpoint, tmp_path, 
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
 def test_sampled_tokens_equal_those_without_when_requests_have_seeds(runner, checkpoint, method):
     requests = tuple(
-        replace(r, params={**r.params, "temperature": 0.8, "seed": seed})
+        replace(r, params={**r.params, "temperature": 0.5, "seed": seed})
         for seed, r in enumerate(REQUESTS)
     )
     off = layerskip(4, K, draft_sample_method=method)
