@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(1800)
 NUM_OPEN = 32
 LONG = Question(
     "long answer",
-    {"prompt": "hello", "max_tokens": 480, "temperature": 0, "ignore_eos": True},
+    {"prompt": "hello", "max_tokens": 1900, "temperature": 0, "ignore_eos": True},
 )
 
 
@@ -35,12 +35,12 @@ def make_server(
 ) -> Callable[[], ModelServer]:
     """Servers alike, each with two tensor-parallel workers."""
     arguments = [
-        str(checkpoint("llama")),
+        str(checkpoint("llama", max_position_embeddings=2048)),
         "--speculative-model=layerskip",
         "--spec-exit-layer=4",
         "--tensor-parallel-size=2",
     ]
-    flags = [flag for flag in FLAGS if "max-model-len" not in flag] + ["--max-model-len=512"]
+    flags = [flag for flag in FLAGS if "max-model-len" not in flag] + ["--max-model-len=2048"]
     return lambda: ModelServer(tmp_path_factory.mktemp("server"), *arguments, flags=flags)
 
 
